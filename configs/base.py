@@ -1,0 +1,118 @@
+"""Every key of a recipe with its default, unit and meaning. A recipe changes what differs and says why.
+
+Override on the command line: --config.batch_size=128 --config.optim.lr=0.06 --config.data.source=hf:/data/cifar10
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from ssl_kd.augment import PRESETS
+from ssl_kd.methods import METHODS
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = ""  # recipe name; with the preset it names the default work directory
+    c.preset = ""  # '' is the embedded data set
+    c.seed = 0  # of every random stream
+    c.batch_size = 256  # images an optimizer step, over all devices
+    c.epochs = 200.0  # passes over data.train
+    c.image_size = 224  # side of a training view, pixels
+
+    # Images. source: 'embedded' | 'hf:DIRECTORY' (Hugging Face parquet) | 'tfds:NAME'.
+    c.data = ConfigDict()
+    c.data.source = "embedded"
+    c.data.train = "train"  # split; slices as 'train[:10000]' or 'train[:10%]'
+    c.data.test = "test"
+    c.data.canvas = 0  # side every image is resized and centre-cropped to on the host, pixels; 0 = keep (all alike)
+    c.data.resident = "auto"  # hold the set on the device: 'auto' (if it fits) | 'on' | 'off'
+    c.data.workers = 0  # processes that decode; 0 = threads only
+
+    # Networks. source: 'init', or 'workdir:PATH' for the evaluated network of an earlier run.
+    c.student = network("alexnet")
+    c.teacher = network("resnet50")
+    c.bn_groups = 1  # independent batch-norm groups of a batch; above 1 the key views are shuffled across them
+    c.compute_dtype = "float32"  # of activations: 'float32' | 'bfloat16'
+
+    # The method's own keys are the fields of its dataclass in ssl_kd/methods/, with unit and meaning there.
+    c.method = method("moco_v2")
+    c.augment = augmentation("mocov2")
+
+    c.optim = ConfigDict()
+    c.optim.name = "sgd"  # 'sgd' | 'adamw'
+    c.optim.lr = 0.03  # peak rate at batch 256; the rate used is lr · batch_size / 256
+    c.optim.momentum = 0.9  # of sgd
+    c.optim.weight_decay = 1e-4
+    c.optim.decay = "all"  # what decays: 'all' | 'weights' (spares biases and batch-norm)
+    c.optim.warmup_epochs = 0.0  # linear warm-up before the cosine to 0
+    c.optim.accum = 1  # micro-batches an optimizer step is split into
+    c.max_nonfinite = 0  # steps with a non-finite loss or gradient that may be skipped before the run stops
+
+    # What follows changes no number of the training run.
+    c.log_every = 20  # steps between lines of metrics.jsonl
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_epochs = 5.0  # between checkpoints; there is always one at the end
+    c.checkpoint.keep = 2  # newest checkpoints kept
+    c.probe = ConfigDict()
+    c.probe.every_epochs = 5.0  # between kNN probes while training; 0 = only at the end
+    c.probe.knn = (10, 20, 200)  # k of weighted kNN
+    c.probe.knn_bank = 2000  # training images in the kNN bank while training; the last probe uses all
+    c.probe.linear = True  # linear probe at the end
+    c.probe.batch_size = 256  # images a forward
+    return c
+
+
+def network(name: str, **changes) -> ConfigDict:
+    """One network of a recipe."""
+    c = ConfigDict()
+    c.name = name  # a key of ssl_kd.models.MODELS
+    c.width = 1.0  # multiplies every channel count
+    c.stem = "auto"  # the entry: 'auto' (small up to 64 px) | 'imagenet' | 'small' | 'small_s2' (resnet only)
+    c.head_hidden = 0  # hidden width of the projection head; 0 = feature width
+    c.dim = 128  # embedding width
+    c.source = "init"
+    c.update(changes)
+    return c
+
+
+def method(name: str, **changes) -> ConfigDict:
+    """The fields of a method's dataclass as config keys, with the recipe's changes."""
+    return ConfigDict({"name": name, **dataclasses.asdict(METHODS[name](**changes))})
+
+
+def augmentation(preset: str, **changes) -> ConfigDict:
+    """The fields of an augmentation preset as config keys, with the recipe's changes."""
+    return ConfigDict(dataclasses.asdict(dataclasses.replace(PRESETS[preset], **changes)))
+
+
+def apply_preset(c: ConfigDict, preset: str) -> None:
+    """Sets everything that depends on the data and the machine, not on the method; call it before the differences.
+
+    '' and 'smoke' fit a 2-core laptop, 'cifar10' too (10 000 images; give the full set and epochs where there is an
+    accelerator), 'imagenet' is the setting of the papers.
+    """
+    presets = ("", "smoke", "cifar10", "imagenet")
+    if preset not in presets:
+        raise ValueError(f"preset {preset!r} is unknown: choose one of {', '.join(p or 'none' for p in presets)}")
+    c.preset = preset
+    if preset == "imagenet":
+        c.data.update(source="tfds:imagenet2012", test="validation", canvas=256, workers=16)
+        c.compute_dtype = "bfloat16"
+        return
+    c.epochs, c.image_size, c.batch_size = 30.0, 28, 128
+    c.augment = augmentation("grey", crop_scale=(0.3, 1.0))
+    c.student.width = 0.5
+    c.method.update(queue=2048, momentum=0.99)
+    c.bn_groups = min(c.bn_groups, 4)
+    c.optim.lr = 0.12
+    c.optim.weight_decay = 5e-4
+    c.optim.warmup_epochs = 1.0
+    if preset == "smoke":
+        c.data.update(train="train[:1024]", test="test[:500]")
+        c.epochs, c.batch_size, c.student.width = 2.0, 64, 0.125
+        c.method.queue, c.probe.every_epochs, c.log_every = 256, 1.0, 5
+    if preset == "cifar10":
+        c.data.update(source="hf:data/cifar10", train="train[:10000]")
+        c.image_size = 32
+        c.augment = augmentation("small")

@@ -1,0 +1,20 @@
+"""MoCo-v2 with ResNet-18: makes a teacher for `teacher.source=workdir:PATH` of other recipes (arXiv 2003.04297).
+
+    python launch/main.py --config=configs/moco_v2_resnet18.py[:smoke|:cifar10|:imagenet]
+
+Published (ImageNet linear): 52.5.
+"""
+
+from configs import base
+
+
+def get_config(preset: str = ""):
+    c = base.get_config()
+    c.name = "moco_v2_resnet18"
+    del c.teacher
+    c.student = base.network("resnet18")
+    c.bn_groups = 8
+    base.apply_preset(c, preset)
+    if preset != "imagenet":
+        c.student.update(stem="small_s2", width=0.125 if preset == "smoke" else 0.5)
+    return c

@@ -1,0 +1,68 @@
+"""What the launchers share: command line to config, a user's mistake to one sentence, and jax set up for a run."""
+
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ssl_kd.errors import UserError
+from ssl_kd.recipe import digest, flatten
+
+CUDA_INSTALL = 'pip install -U "jax[cuda12]"'
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the command line and runs a launcher; a UserError becomes its sentence on stderr and exit status 2."""
+    try:
+        _parse(sys.argv)
+        _set_up_jax()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=FILE[:PRESET] and --config.KEY=VALUE."""
+    return config_flags.DEFINE_config_file("config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10.")
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """runs/<config>[-<preset>][-<digest of the overrides>]."""
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    parts = [config.name, config.preset, digest({k: str(v) for k, v in overrides.items()}) if overrides else ""]
+    return Path("runs") / "-".join(part for part in parts if part)
+
+
+def _parse(argv: list[str]) -> None:
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if "config" in flags.FLAGS and flags.FLAGS.config is None:
+            raise UserError("--config is missing: name a recipe, as --config=configs/rekd_alexnet.py.")
+        if "config" in flags.FLAGS:
+            flatten(flags.FLAGS.config)  # a recipe that failed to load says so when it is first read
+    except AttributeError as error:
+        key = str(error).strip("\"'\\").split("\\n")[0].strip("\"'\\")
+        given = next((arg for arg in argv if f".{key}=" in arg or arg.endswith(f".{key}")), key)
+        raise UserError(f"{given} sets an unknown key: configs/base.py lists them all.") from error
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A recipe's own error arrives as a traceback in text, a missing file as a list of attempts: both end in the cause.
+        raise UserError(lines[-1 if len(lines) > 1 else 0].split("Error: ", 1)[-1]) from error
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: write overrides as --config.key=value.")
+
+
+def _set_up_jax() -> None:
+    """Keeps compiled programs between runs, and says so once if a GPU lies idle."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ssl_kd" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
+        warnings.warn(f"an NVIDIA GPU is visible but jax runs on the CPU: install {CUDA_INSTALL}", stacklevel=2)

@@ -1,0 +1,161 @@
+"""uint8 batches on the mesh, by step number.
+
+The order law: with N images and batch size B an epoch has S = N // B steps, and the global batch of step t is rows
+[(t % S) B, (t % S + 1) B) of epoch_order(seed, t // S, N). Nothing else decides what a step sees: not the number of
+devices, processes or workers, nor whether the set is resident; so there is no iterator state to save.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Iterator
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ssl_kd.data import sources
+from ssl_kd.errors import UserError
+
+RESIDENT_FRACTION = 0.25  # of free device memory
+RESIDENT_BYTES = 2 << 30  # where the device does not say how much is free
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of an epoch: int32 (n,), read-only.
+
+    It sorts n raw 64-bit draws of Philox keyed by (seed, crc32('data'), epoch). numpy promises that raw streams stay as
+    they are between releases, which it does not for `Generator.permutation`.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(b"data"), epoch]))
+    order = np.argsort(bits.random_raw(n), kind="stable").astype(np.int32)
+    order.setflags(write=False)
+    return order
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """Step number -> this process's rows of the global batch; sent to grain's worker processes."""
+
+    source: sources.Source
+    batch_size: int
+    seed: int
+    rows: np.ndarray  # (b,) positions of this process within the global batch
+    threads: int
+
+    def indices(self, step: int) -> np.ndarray:
+        """int32 (b,): which images."""
+        n = len(self.source)
+        epoch, k = divmod(int(step), n // self.batch_size)
+        return epoch_order(self.seed, epoch, n)[k * self.batch_size + self.rows]
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """image uint8 (b, H, W, 3), label int32 (b,), index int32 (b,)."""
+        return sources.gather(self.source, self.indices(step), self.threads)
+
+
+class Loader:
+    """The batches of a source, placed on the mesh and sharded over its 'data' axis (mesh None: the default device).
+
+    Attributes:
+      steps_per_epoch: S = N // B.
+      data: resident sets: {'image': uint8 (N, H, W, 3), 'label': int32 (N,)}, replicated on the mesh; else None.
+
+    Args:
+      batch_size: B, over all processes.
+      seed: non-negative.
+      resident: hold the decoded set on the devices and send only indices.
+      workers: reader processes; 0 reads in threads of this process, which scales while decoding dominates (it releases
+        the interpreter's lock). With workers, the script must be guarded by `if __name__ == "__main__"`.
+
+    Raises: UserError when the set is smaller than a batch, or a batch does not divide over the mesh.
+    """
+
+    def __init__(
+        self,
+        source: sources.Source,
+        *,
+        batch_size: int,
+        seed: int,
+        mesh: jax.sharding.Mesh | None,
+        resident: bool,
+        workers: int = 0,
+    ) -> None:
+        n, shards = len(source), mesh.shape["data"] if mesh else 1
+        if batch_size < 1 or n < batch_size:
+            raise UserError(f"batch_size={batch_size} must be between 1 and the {n} images of the set; change it")
+        if batch_size % shards:
+            raise UserError(f"batch_size={batch_size} must be a multiple of the mesh's {shards} devices; change it")
+        self.steps_per_epoch = n // batch_size
+        self._mesh, self._workers = mesh, workers
+        threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+        self._host = HostBatch(source, batch_size, seed, self._own_rows(batch_size), threads)
+        self.data: dict[str, jax.Array] | None = None
+        if resident:
+            image, label = sources.arrays(source)
+            self.data = {"image": self._place(image, PartitionSpec()), "label": self._place(label, PartitionSpec())}
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of steps start, …, stop - 1, sharded over 'data'.
+
+        Resident sets give {'index': int32 (B,)}; others also 'image' uint8 (B, H, W, 3) and 'label' int32 (B,), with
+        one batch already sent to the devices while the step before it runs.
+
+        Raises: UserError from the source, the same sentence also when a worker process met it.
+        """
+        sharded = PartitionSpec("data")
+        if self.data is not None:
+            for step in range(start, stop):
+                yield {"index": self._place(self._host.indices(step), sharded)}
+        elif start < stop:
+            ds = grain.MapDataset.range(start, stop).map(self._host)
+            ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))  # a batch has own threads
+            if self._workers:
+                if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts a worker
+                    flags.FLAGS.mark_as_parsed()
+                options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+                # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.
+                ds = ds.mp_prefetch(options).map(lambda batch: {name: np.array(rows) for name, rows in batch.items()})
+            ds = ds.map(lambda batch: {name: self._place(rows, sharded) for name, rows in batch.items()})
+            ds = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=1)
+            with contextlib.closing(iter(ds)) as batches:  # else grain's threads outlive the loop and print at exit
+                yield from batches
+
+    def _own_rows(self, batch_size: int) -> np.ndarray:
+        """Positions within the global batch whose shards live on this process's devices, in order."""
+        if self._mesh is None:
+            return np.arange(batch_size)
+        sharding = NamedSharding(self._mesh, PartitionSpec("data"))
+        shards = sharding.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in shards]))
+
+    def _place(self, local: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        """This process's rows -> the global array."""
+        if self._mesh is None:
+            return jnp.asarray(local)
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), local)
+
+
+def decide_resident(setting: str, nbytes: int) -> bool:
+    """Whether to hold a decoded set of nbytes on the devices: 'on', 'off', or 'auto'.
+
+    'auto' holds sets up to a quarter of free device memory, or up to 2 GiB where the device does not report it (CPU).
+    All processes decide alike. Raises: UserError on any other setting.
+    """
+    if setting not in ("auto", "on", "off"):
+        raise UserError(f"data.resident={setting!r} is unknown; use 'auto', 'on' or 'off'")
+    if setting != "auto":
+        return setting == "on"
+    stats = jax.local_devices()[0].memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else None
+    fits = nbytes <= (RESIDENT_BYTES if free is None else RESIDENT_FRACTION * free)
+    if jax.process_count() > 1:  # free memory may differ by a little
+        fits = bool(multihost_utils.broadcast_one_to_all(np.asarray(fits)))
+    return fits

@@ -1,0 +1,95 @@
+"""What a run says while it works: a progress bar, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from ssl_kd.errors import UserError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Metrics:
+    """Scalars by step, as JSON lines and TensorBoard events. On resume both are cut back to the restored step."""
+
+    def __init__(self, workdir: Path, restored_step: int):
+        self.path = workdir / "metrics.jsonl"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= restored_step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, self.path)
+            self._file = self.path.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): choose another --workdir.") from error
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
+
+    def _lines(self) -> list[str]:
+        """Whole lines only: a killed run may have left half of its last."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line; NaN and infinity become null, which JSON can hold."""
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}): free space; the run resumes.") from error
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Bar:
+    """Step, images/s, time left, loss and latest kNN: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, total: int, start: int):
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=start, said="compiling the step …")
+        self._total, self._start, self._began, self._line = total, start, time.monotonic(), 0.0
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        if not self._live:
+            print(f"step {self._start}/{self._total} · compiling the step …", flush=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, *, images_per_second: float, seconds_left: float, loss: float, knn: float) -> None:
+        said = f"{images_per_second:,.0f} images/s · loss {loss:.3f}"
+        if not math.isnan(knn):
+            said += f" · kNN {100 * knn:.1f} %"
+        if self._live:
+            self._progress.update(self._task, completed=step, said=said)
+        elif time.monotonic() - self._line > self.LINE_SECONDS or step == self._total:
+            self._line = time.monotonic()
+            print(f"step {step}/{self._total} · {said} · {seconds_left / 60:.1f} min left", flush=True)
+

@@ -1,0 +1,90 @@
+"""The losses: arrays in, scalar out.
+
+Names inside: B batch, K queue rows, M prototypes, d embedding width. Every function promotes its inputs to at least
+float32 and passes `precision=HIGHEST` to its similarity products, because TPUs and GPUs default to less.
+Embeddings called q, k, t, u are L2-normalised rows unless a docstring says otherwise.
+"""
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def promote(x: jax.Array) -> jax.Array:
+    """The array in float32, or in float64 if it already is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """L2-normalises rows: x / max(|x|, 1e-12), shape (..., d), at least float32."""
+    x = promote(x)
+    # The maximum is taken of the square: the gradient of a norm at a zero row would be NaN.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def similarity(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner products of the rows of `a` (B, d) with the rows of `b` (N, d): (B, N), at least float32."""
+    return jnp.matmul(promote(a), promote(b).T, precision=HIGHEST)
+
+
+def contrast_logits(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float) -> jax.Array:
+    """Logits of the query against its own key, then against the queue: [q·k, q·Q] / τ.
+
+    Args:
+      q, k: (B, d) query and key of the same images.
+      queue: (K, d) rows of other images' keys.
+      temperature: τ.
+
+    Returns:
+      (B, 1 + K); column 0 is the image's own key.
+    """
+    own = jnp.sum(promote(q) * promote(k), axis=-1, keepdims=True)
+    return jnp.concatenate([own, similarity(q, queue)], axis=1) / temperature
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """−1/B Σ_i Σ_j targets_ij · log softmax(logits_i)_j; both (B, N), target rows summing to 1."""
+    return -jnp.mean(jnp.sum(promote(targets) * jax.nn.log_softmax(promote(logits)), axis=1))
+
+
+def info_nce(logits: jax.Array) -> jax.Array:
+    """InfoNCE over `contrast_logits` (B, 1 + K): −mean log softmax(logits)[:, 0] (MoCo, He et al. 2020, eq. 1)."""
+    return -jnp.mean(jax.nn.log_softmax(promote(logits))[:, 0])
+
+
+def relation_targets(relation: jax.Array) -> jax.Array:
+    """Target distribution that is uniform over the positives {own key} ∪ {queue rows related by the teacher}.
+
+    With these targets `soft_cross_entropy` is the relation contrastive loss of ReKD (reconstruction),
+    L_RC = −1/B Σ_i 1/|P(i)| Σ_{p∈P(i)} log softmax(logits_i)_p, the sum outside the logarithm. A relation of all
+    False gives InfoNCE.
+
+    Args:
+      relation: (B, K) bool, True where queue row j is a positive of image i.
+
+    Returns:
+      (B, 1 + K) float32; rows sum to 1.
+    """
+    positives = jnp.concatenate([jnp.ones((relation.shape[0], 1), bool), relation], axis=1)
+    return positives / jnp.sum(positives, axis=1, keepdims=True, dtype=jnp.float32)
+
+
+def sinkhorn(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3) -> jax.Array:
+    """Balanced codes of SwAV (Caron et al. 2020, §3.1): exp(scores / ε) scaled towards equal use of every prototype.
+
+    Args:
+      scores: (B, M) similarities of a batch to the prototypes.
+      epsilon: entropy of the codes.
+      iterations: pairs of column and row normalisations.
+
+    Returns:
+      (B, M) at least float32; rows sum to 1, columns to about B / M.
+    """
+    scores = promote(scores)
+    codes = jnp.exp((scores - jnp.max(scores)) / epsilon)
+    for _ in range(iterations):
+        # An unused column may underflow to 0: it stays 0 instead of becoming NaN.
+        codes /= jnp.maximum(jnp.sum(codes, axis=0, keepdims=True), jnp.finfo(codes.dtype).tiny)
+        codes /= jnp.maximum(jnp.sum(codes, axis=1, keepdims=True), jnp.finfo(codes.dtype).tiny)
+    return codes

@@ -1,0 +1,12 @@
+"""One paper, one file. A method is a frozen dataclass: its fields are its hyper-parameters, and three pure functions.
+
+To add one: write its file, add a line to METHODS, write a config. The parametrised tests pick it up.
+"""
+
+from ssl_kd.methods.moco import MoCo
+from ssl_kd.methods.protocol import Aux, Context, Method, View
+from ssl_kd.methods.rekd import ReKD
+
+METHODS: dict[str, type] = {"moco_v2": MoCo, "rekd": ReKD}
+
+__all__ = ["METHODS", "Aux", "Context", "Method", "View"]

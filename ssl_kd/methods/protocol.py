@@ -1,0 +1,113 @@
+"""What a method is to the rest of the program: roles, views and three pure functions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from ssl_kd.memory import Memory
+
+Schedule = Callable[[jax.Array], jax.Array | float]
+"""Progress of the run in [0, 1] (float32 scalar) → value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How one augmented view is made.
+
+    Attributes:
+      preset: a name of `augment.PRESETS`, or 'default' for the recipe's `config.augment`.
+      shuffled: made from the batch in a random row order, so that batch-norm groups of the key differ from the
+        query's (MoCo's shuffled BN); restore embeddings with `Context.unshuffle`.
+    """
+
+    preset: str = "default"
+    shuffled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a loss may know beside networks, views and memory.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      epoch: float32 scalar, step / steps per epoch.
+      progress: float32 scalar, step / total steps.
+      key: PRNG key of this micro-batch.
+      index: (B,) int32, position of each image in the data set.
+      label: (B,) int32, −1 where unknown; for diagnostics only.
+      inverse: (B,) int32 row order that undoes the shuffle, or None when nothing was shuffled.
+    """
+
+    step: jax.Array
+    epoch: jax.Array
+    progress: jax.Array
+    key: jax.Array
+    index: jax.Array
+    label: jax.Array
+    inverse: jax.Array | None = None
+
+    def unshuffle(self, rows: jax.Array) -> jax.Array:
+        """Puts the embeddings of a `shuffled` view back into the batch's order."""
+        return rows if self.inverse is None else rows[self.inverse]
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """What a loss returns beside its value.
+
+    Attributes:
+      push: dict of (B, ...) arrays handed to `update`, in batch order; under accumulation they are concatenated.
+      metrics: dict of scalars to log.
+    """
+
+    push: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+
+class Method(Protocol):
+    """The roles of the networks, the views, and three pure functions. Roles may be properties of the fields."""
+
+    queue: int
+    """Rows of the longest queue, or 0: the recipe checks that it holds a batch."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Networks that get gradients."""
+        ...
+
+    @property
+    def averaged(self) -> Mapping[str, tuple[str, Schedule]]:
+        """Exponential-average network → (the trained one it follows, momentum(progress)). Parameters only."""
+        ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Loaded once, never written, never checkpointed (only their digest)."""
+        ...
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """What probes and `ssl_kd.load` may use; the first is the default."""
+        ...
+
+    @property
+    def views(self) -> Mapping[str, View]: ...
+
+    def init(self, key: jax.Array, dims: Mapping[str, int]) -> Memory:
+        """The memory of step 0; `dims` is each network's embedding width."""
+        ...
+
+    def loss(self, nets: Any, views: Mapping[str, jax.Array], memory: Memory, ctx: Context) -> tuple[jax.Array, Aux]:
+        """Scalar loss. `nets.<name>` are bound networks. Reads memory, never writes it."""
+        ...
+
+    def update(self, memory: Memory, push: dict[str, jax.Array], ctx: Context) -> Memory:
+        """The memory after an optimizer step."""
+        ...
+
+
+def constant(value: float) -> Schedule:
+    """The schedule that stays at `value`."""
+    return lambda progress: value

@@ -1,0 +1,9 @@
+"""What frozen features are worth: ``features.extract`` once, then any of the judges.
+
+features.py   images -> features, in batches of one shape, over the mesh
+knn.py        weighted nearest neighbours: no training, no choices
+linear.py     one linear layer, its learning rate and weight decay chosen on held-out training rows
+health.py     label-free signs of collapse
+
+Labels enter this package only; no method ever trains on them.
+"""

@@ -1,0 +1,117 @@
+"""All judges on one network: what `fit` reports at the end and `launch/evaluate.py` on any checkpoint."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_kd.models import Network, NetworkSpec
+from ssl_kd.models.layers import BatchNorm
+from ssl_kd.probes.features import extract
+from ssl_kd.probes.health import health
+from ssl_kd.probes.knn import knn
+from ssl_kd.probes.linear import linear_probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Images and their labels.
+
+    Attributes:
+      images: uint8 (N, H, W, 3) array, or a source of such images.
+      labels: int32 (N,), −1 unknown.
+      num_classes: 0 when there are no labels.
+    """
+
+    images: Any
+    labels: np.ndarray
+    num_classes: int
+
+    def head(self, count: int) -> "Labelled":
+        """The first `count` images."""
+        if count >= len(self.labels):
+            return self
+        images = self.images[:count] if isinstance(self.images, np.ndarray) else Head(self.images, count)
+        return Labelled(images, self.labels[:count], self.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The first `count` items of a source."""
+
+    source: Any
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
+
+
+def preprocess(images: jax.Array, size: int) -> jax.Array:
+    """uint8 (B, H, W, 3) → float32 (B, size, size, 3) in [0, 1]: the centre of larger images, smaller ones enlarged."""
+    _, height, width, _ = images.shape
+    top, left = max(0, height - size) // 2, max(0, width - size) // 2
+    x = images[:, top : top + min(height, size), left : left + min(width, size)].astype(jnp.float32) / 255
+    return x if x.shape[1:3] == (size, size) else jax.image.resize(x, (x.shape[0], size, size, 3), "bilinear")
+
+
+def pooled_features(spec: NetworkSpec, size: int, norm: str = "running") -> Callable[[Any, jax.Array], jax.Array]:
+    """Pure function (variables, uint8 images) → pooled features (B, D) float32."""
+    network = Network(spec)
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+        features, _ = network.apply(
+            variables, preprocess(images, size), norm=norm, method="features", mutable=["batch_stats"]
+        )
+        return features.pooled.astype(jnp.float32)
+
+    return apply
+
+
+def raw_pixels(images: jax.Array) -> jax.Array:
+    """uint8 (B, H, W, 3) → (B, H·W·3) float32: the baseline that needs no network."""
+    return images.reshape(images.shape[0], -1).astype(jnp.float32) / 255
+
+
+def evaluate(
+    apply: Callable[[jax.Array], jax.Array],
+    train: Labelled,
+    test: Labelled,
+    *,
+    ks: Sequence[int],
+    linear: bool,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """kNN, linear probe and health of the features that `apply` gives; accuracies in [0, 1]. Features are made once."""
+    test_x = extract(apply, test.images, batch_size=batch_size, mesh=mesh)
+    result: dict[str, float] = dict(health(test_x))
+    if not train.num_classes:
+        return result
+    train_x = extract(apply, train.images, batch_size=batch_size, mesh=mesh)
+    classes = train.num_classes
+    found = knn(train_x, train.labels, test_x, test.labels, num_classes=classes, ks=ks)
+    result |= {f"knn{k}": value for k, value in found.items()}
+    if linear:
+        probe = linear_probe(train_x, train.labels, test_x, test.labels, num_classes=classes)
+        result |= {"linear": probe.accuracy, "linear_lr": probe.lr, "linear_weight_decay": probe.weight_decay}
+    return result
+
+
+def batch_calibrated(spec: NetworkSpec, variables: Any, images: jax.Array, size: int) -> Any:
+    """Variables whose running statistics are those of one batch: a random network's fair chance as a baseline.
+
+    Running statistics move as r ← a r + (1 − a) b, so b follows from the statistics before and after one batch.
+    """
+    network = Network(dataclasses.replace(spec, bn_groups=1))
+    _, after = network.apply(
+        variables, preprocess(images, size), norm="batch", method="features", mutable=["batch_stats"]
+    )
+    a = BatchNorm.momentum
+    stats = jax.tree.map(lambda r, new: (new - a * r) / (1 - a), variables["batch_stats"], after["batch_stats"])
+    return {**variables, "batch_stats": stats}

@@ -1,0 +1,190 @@
+"""From a config to the objects of a run: checks first, then method, networks, optimizer and step constants."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ssl_kd.augment import PRESETS, Augmentation
+from ssl_kd.errors import UserError
+from ssl_kd.methods import METHODS, Method
+from ssl_kd.models import MODELS, NetworkSpec
+from ssl_kd.optim import make_optimizer, warmup_cosine
+from ssl_kd.step import StepConfig
+
+FREE_KEYS = (
+    "name",
+    "preset",
+    "log_every",
+    "checkpoint",
+    "probe",
+    "data.test",
+    "data.resident",
+    "data.workers",
+    "max_nonfinite",
+)
+"""Keys that change no number of the training run: a checkpoint may be resumed with other values."""
+
+SMALL_IMAGE = 64
+"""Images up to this side, pixels, take a network's small stem when `stem` is 'auto'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A config made into objects; everything but the images and the state."""
+
+    method: Method
+    specs: Mapping[str, NetworkSpec]
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    augmentations: Mapping[str, Augmentation]
+    step: StepConfig
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'optim.lr': 0.03, …} with JSON-able values."""
+    plain = json.loads(config.to_json_best_effort())
+
+    def walk(prefix: str, value: Any):
+        if isinstance(value, dict):
+            for key in sorted(value):
+                yield from walk(f"{prefix}{key}.", value[key])
+        else:
+            yield prefix[:-1], value
+
+    return dict(walk("", plain))
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The keys that change the mathematics of the training run."""
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    return {key: value for key, value in flatten(config).items() if not f"{key}.".startswith(free)}
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that name a set of key-value pairs."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
+    """The architecture of `config.<role>`. Raises UserError on an unknown name or stem, or too small an image."""
+    c = config[role]
+    one_of(f"{role}.name", c.name, MODELS)
+    one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
+    positive(config, "bn_groups", f"{role}.dim", f"{role}.width", "image_size")
+    stem = ("small" if config.image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
+    spec = NetworkSpec(
+        name=c.name,
+        width=c.width,
+        stem=stem,
+        head_hidden=c.head_hidden,
+        dim=c.dim,
+        bn_groups=config.bn_groups,
+        dtype=jnp.dtype(config.compute_dtype),
+    )
+    try:
+        least = spec.backbone().min_size
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{role}.stem={c.stem!r} does not exist for {role}.name={c.name!r}: {error}") from error
+    if config.image_size < least:
+        raise UserError(
+            f"image_size={config.image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: "
+            f"use {least} or more, or a smaller stem."
+        )
+    return spec
+
+
+def make_method(config: ConfigDict) -> Method:
+    """The method's dataclass from `config.method`. Raises UserError on unknown names, wrong types and values."""
+    fields = dict(config.method)
+    name = fields.pop("name")
+    one_of("method.name", name, METHODS)
+    hints = typing.get_type_hints(METHODS[name])
+    for key, value in fields.items():
+        if typing.get_origin(hints[key]) is Literal:
+            one_of(f"method.{key}", value, typing.get_args(hints[key]))
+    try:
+        return METHODS[name](**fields)
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+
+
+def make_recipe(config: ConfigDict, images: int) -> Recipe:
+    """Checks a config whole and builds its objects.
+
+    Args:
+      images: size of the training set; an epoch is its whole batches.
+
+    Raises:
+      UserError: for the first impossible value or combination.
+    """
+    positive(config, "batch_size", "epochs", "log_every", "optim.lr", "optim.accum", "checkpoint.every_epochs")
+    positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank")
+    for key in ("optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "max_nonfinite", "probe.every_epochs"):
+        if flatten(config)[key] < 0:
+            raise UserError(f"{key}={flatten(config)[key]} must not be negative.")
+    one_of("optim.name", config.optim.name, ("sgd", "adamw"))
+    one_of("optim.decay", config.optim.decay, ("all", "weights"))
+    method = make_method(config)
+    b, devices = config.batch_size, jax.device_count()
+    micro, rest = divmod(b, config.optim.accum)
+    if rest:
+        raise UserError(f"batch_size={b} is not divisible by optim.accum={config.optim.accum}.")
+    if micro % devices:
+        raise UserError(
+            f"batch_size={b} over optim.accum={config.optim.accum} gives {micro} images, not divisible by the "
+            f"{devices} devices: use a multiple of {devices * config.optim.accum}."
+        )
+    if micro % config.bn_groups or micro // config.bn_groups < 2:
+        raise UserError(
+            f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or more."
+        )
+    if 0 < method.queue < b:
+        raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
+    if images < b:
+        raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
+    specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
+    specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
+    if getattr(method, "knowledge", "") == "response" and specs["student"].dim != specs["teacher"].dim:
+        raise UserError(
+            f"method.knowledge='response' compares embeddings of equal width, but student.dim={specs['student'].dim} "
+            f"and teacher.dim={specs['teacher'].dim}: set them alike."
+        )
+    per_epoch = images // b
+    total = max(1, round(config.epochs * per_epoch))
+    o = config.optim
+    rate = warmup_cosine(o.lr * b / 256, total, round(o.warmup_epochs * per_epoch))
+    optimizer = make_optimizer(o.name, rate, weight_decay=o.weight_decay, decay=o.decay, momentum=o.momentum)
+    step = StepConfig(
+        seed=config.seed,
+        image_size=config.image_size,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        accum=o.accum,
+        shuffle_keys=config.bn_groups > 1,
+        max_nonfinite=config.max_nonfinite,
+    )
+    try:
+        default = Augmentation(**config.augment)
+    except ValueError as error:
+        raise UserError(f"augment: {error}") from error
+    return Recipe(method, specs, optimizer, rate, {**PRESETS, "default": default}, step)
+
+
+def one_of(key: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")
+
+
+def positive(config: ConfigDict, *keys: str) -> None:
+    values = flatten(config)
+    for key in keys:
+        if not values[key] > 0:
+            raise UserError(f"{key}={values[key]} must be above 0.")

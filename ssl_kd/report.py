@@ -1,0 +1,101 @@
+"""A run on one screen: what it will cost before it starts, and what it reached."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from ssl_kd.log import console
+from ssl_kd.train import Run
+
+ASSUMED_UTILISATION = 0.4
+"""Share of the measured matrix-multiply rate a step is assumed to reach; only the estimate of time rests on it."""
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def matmul_rate(dtype: Any, size: int = 2048, seconds: float = 0.5) -> float:
+    """Measured FLOP/s of square matrix products on one device."""
+    a = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a: a @ a / size)
+    multiply(a).block_until_ready()
+    count, began = 0, time.monotonic()
+    while time.monotonic() - began < seconds:
+        a = multiply(a).block_until_ready()
+        count += 1
+    return 2 * size**3 * count / (time.monotonic() - began)
+
+
+def estimate(run: Run) -> None:
+    """Prints parameters, memory and time of a run without training a step. Compiles the step, for its memory."""
+    c, step = run.config, run.recipe.step
+    state = jax.eval_shape(run.create)
+    networks = Table(title="networks")
+    for column in ("name", "architecture", "parameters", "role"):
+        networks.add_column(column)
+    method = run.recipe.method
+    roles = {**dict.fromkeys(method.trained, "trained"), **dict.fromkeys(method.frozen, "frozen")}
+    roles |= {name: f"average of {source}" for name, (source, _) in method.averaged.items()}
+    params = {**state.trained, **state.averaged, **{n: run.pretrained[n].variables["params"] for n in method.frozen}}
+    for name, role in roles.items():
+        spec = run.recipe.specs[name]
+        count = sum(x.size for x in jax.tree.leaves(params[name]))
+        networks.add_row(name, f"{spec.name} × {spec.width:g}, {spec.stem} stem", f"{count:,}", role)
+    console.print(networks)
+
+    batch, data = run.abstract_inputs()
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated), state)
+    compiled = run.train_step().lower(described, run.frozen(), batch, data).compile()
+    memory = compiled.memory_analysis()
+    flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
+    rate = matmul_rate(jnp.dtype(c.compute_dtype)) * run.mesh.size
+    seconds = step.total_steps * flops / (rate * ASSUMED_UTILISATION)
+    rows = {
+        "images": f"{len(run.train):,} × {run.train.image_shape}, {step.steps_per_epoch} steps an epoch",
+        "steps": f"{step.total_steps:,} of {c.batch_size} images",
+        "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
+        "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler" if memory else "unknown",
+        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
+        "compute": f"{flops / 1e9:,.1f} GFLOP a step, by the compiler",
+        "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
+        f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",
+        "workdir": str(run.workdir),
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def accuracy_table(results: Mapping[str, Any], title: str) -> Table:
+    """kNN and linear accuracy of each row of features, in %."""
+    rows = {name: row for name, row in results.items() if isinstance(row, dict)}
+    ks = [name for name in next(iter(rows.values())) if name.startswith("knn")]
+    table = Table(title=title)
+    table.add_column("features")
+    for column in (*(f"{k.removeprefix('knn')}-NN" for k in ks), "linear", "effective rank"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        cells = [f"{100 * row[k]:.1f}" if k in row else "–" for k in (*ks, "linear")]
+        table.add_row(name, *cells, f"{row['effective_rank']:.0f}")
+    return table
+
+
+def summarise(run: Run, results: Mapping[str, Any]) -> None:
+    """Prints what a finished run reached, where it lies, and what to try next."""
+    c = run.config
+    console.print(accuracy_table(results, f"{c.data.source} {c.data.test}: accuracy in %"))
+    console.print(f"Trained in {results['seconds'] / 60:.1f} min. Checkpoint: {run.workdir / 'checkpoints'}")
+    following = (
+        f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
+        if "teacher" in run.recipe.method.trained
+        else f"python launch/main.py --config=configs/rekd_alexnet.py{':' * bool(c.preset)}{c.preset} "
+        f"--config.teacher.source=workdir:{run.workdir}"
+    )
+    console.print(f"Next: {following}")

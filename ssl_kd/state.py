@@ -1,0 +1,74 @@
+"""Everything that changes during a run, how it begins, and the named random streams."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from ssl_kd.memory import Memory
+from ssl_kd.methods import Method
+from ssl_kd.models import NetworkSpec, init_network
+
+
+@struct.dataclass
+class State:
+    """The run at one step. What is not in here does not change.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      nonfinite: int32 scalar, steps refused because the loss or a gradient was not finite.
+      trained: network → params.
+      averaged: network → params, exponential averages of trained ones.
+      batch_stats: network → running batch-norm statistics, of trained and averaged networks.
+      opt: optax state over `trained`.
+      memory: the method's queues, prototypes, centres.
+    """
+
+    step: jax.Array
+    nonfinite: jax.Array
+    trained: dict[str, Any]
+    averaged: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt: optax.OptState
+    memory: Memory
+
+
+def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
+    """The key of a named random stream at a step: a function of its arguments alone, the same in every process."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
+
+
+def create_state(
+    method: Method,
+    specs: Mapping[str, NetworkSpec],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    image_size: int,
+    pretrained: Mapping[str, Any] | None = None,
+) -> State:
+    """The state of step 0; every network starts from its own initialisers, averages as a copy of their source.
+
+    Args:
+      pretrained: variables {'params', 'batch_stats'} of trained networks that start from a file instead.
+    """
+    variables = {
+        name: (pretrained or {}).get(name) or init_network(specs[name], stream(seed, f"init/{name}"), image_size)
+        for name in method.trained
+    }
+    for name, (source, _) in method.averaged.items():
+        variables[name] = jax.tree.map(jnp.copy, variables[source])  # donated buffers must not alias
+    trained = {name: variables[name]["params"] for name in method.trained}
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        nonfinite=jnp.zeros((), jnp.int32),
+        trained=trained,
+        averaged={name: variables[name]["params"] for name in method.averaged},
+        batch_stats={name: v.get("batch_stats", {}) for name, v in variables.items()},
+        opt=optimizer.init(trained),
+        memory=method.init(stream(seed, "memory"), {name: spec.dim for name, spec in specs.items()}),
+    )

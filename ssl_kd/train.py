@@ -1,0 +1,348 @@
+"""fit(): the loop, in a stated order."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+from ml_collections import ConfigDict
+
+from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
+from ssl_kd.data.loader import Loader, decide_resident
+from ssl_kd.data.sources import Source, arrays, open_source
+from ssl_kd.errors import UserError
+from ssl_kd.log import Bar, Metrics, console
+from ssl_kd.probes.evaluate import Labelled, batch_calibrated, evaluate, pooled_features, raw_pixels
+from ssl_kd.recipe import Recipe, identity, make_recipe
+from ssl_kd.state import State, create_state
+from ssl_kd.step import make_train_step
+from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
+
+PROBE_BYTES = 2 << 30
+"""Largest decoded set that probes keep in host memory."""
+
+IN_FLIGHT = 3
+"""Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A checked recipe with its data and devices, ready to be described or trained."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    recipe: Recipe
+    train: Source
+    test: Source
+    pretrained: Mapping[str, TrainedNetwork]
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes this run this run; written to run.json."""
+        digests = {f"{role}.digest": network.digest for role, network in self.pretrained.items()}
+        return {
+            "config": self.config.to_dict(),
+            "identity": identity(self.config) | {"images": len(self.train)} | digests,
+            "images": len(self.train),
+        }
+
+    def create(self) -> State:
+        """The state of step 0. Traceable."""
+        variables = {role: network.variables for role, network in self.pretrained.items()}
+        r = self.recipe
+        return create_state(
+            r.method,
+            r.specs,
+            r.optimizer,
+            seed=self.config.seed,
+            image_size=self.config.image_size,
+            pretrained=variables,
+        )
+
+    def create_now(self) -> State:
+        """`create` on the mesh. It runs once, so that compiling it well would cost more than it saves."""
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(self.create, out_shardings=self.replicated, compiler_options=options)()
+
+    def frozen(self) -> dict[str, Any]:
+        return {name: jax.device_put(self.pretrained[name].variables, self.replicated) for name in self.recipe.method.frozen}
+
+    def train_step(self):
+        r = self.recipe
+        return make_train_step(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh)
+
+    @property
+    def resident(self) -> bool:
+        return decide_resident(self.config.data.resident, len(self.train) * math.prod(self.train.image_shape))
+
+    def loader(self) -> Loader:
+        c = self.config
+        return Loader(
+            self.train,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            mesh=self.mesh,
+            resident=self.resident,
+            workers=c.data.workers,
+        )
+
+    def abstract_inputs(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Shapes of a batch and of the resident data, as the loader would give them."""
+
+        def rows(count: int, sharding: NamedSharding) -> dict[str, Any]:
+            image = jax.ShapeDtypeStruct((count, *self.train.image_shape), np.uint8, sharding=sharding)
+            return {"image": image, "label": jax.ShapeDtypeStruct((count,), np.int32, sharding=sharding)}
+
+        sharded = NamedSharding(self.mesh, PartitionSpec("data"))
+        index = {"index": jax.ShapeDtypeStruct((self.config.batch_size,), np.int32, sharding=sharded)}
+        if self.resident:
+            return index, rows(len(self.train), self.replicated)
+        return index | rows(self.config.batch_size, sharded), None
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Run:
+    """Opens the data, reads frozen networks, checks the config whole. Nothing long runs and nothing is written.
+
+    Raises:
+      UserError: for every mistake that can be known by now.
+    """
+    config = config.copy_and_resolve_references()
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    train = open_source(config.data.source, config.data.train, config.data.canvas)
+    test = open_source(config.data.source, config.data.test, config.data.canvas)
+    pretrained = {}
+    for role in ("student", "teacher"):
+        source = config.get(role, {}).get("source", "init")
+        if source.startswith(FROM_WORKDIR):
+            pretrained[role] = load_network(source.removeprefix(FROM_WORKDIR))
+            for key in ("name", "width", "stem", "head_hidden", "dim"):
+                config[role][key] = pretrained[role].config[pretrained[role].role][key]
+        elif source != "init":
+            raise UserError(f"{role}.source={source!r} is unknown: use 'init' or 'workdir:PATH' of an earlier run.")
+    if "teacher" in pretrained and config.method.get("teacher") == "online":
+        config.method.teacher = "frozen"  # a teacher from an earlier run is used frozen
+    recipe = make_recipe(config, len(train))
+    for role in recipe.method.frozen:
+        if role not in pretrained:
+            raise UserError(
+                f"method.teacher='frozen' needs weights: set {role}.source=workdir:PATH to a finished run, for instance "
+                "of configs/moco_v2_resnet18.py."
+            )
+    unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
+    if unused:
+        raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
+    micro = config.batch_size // config.optim.accum
+    if micro % devices:
+        raise UserError(
+            f"batch_size={config.batch_size} over optim.accum={config.optim.accum} gives {micro} images, not divisible "
+            f"by the {devices} devices: use a multiple of {devices * config.optim.accum}."
+        )
+    return Run(config, workdir, mesh, recipe, train, test, pretrained)
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Trains to the end, from the newest checkpoint if there is one, and returns the final results.
+
+    In this order: the run's record is compared or written; state restored or created; then for every step: batch,
+    compiled step, and, when due, metrics, kNN probe, checkpoint. The order is part of what makes a resumed run
+    equal an uninterrupted one, bit for bit: a probe reads the state, and only the step changes it.
+
+    Raises:
+      UserError: for a work directory of another run, a damaged checkpoint, a full disk, or a diverged run.
+      SystemExit: with 128 + the signal's number after SIGTERM or Ctrl-C; the state is saved first.
+    """
+    config, total = run.config, run.recipe.step.total_steps
+    record_path, results_path = run.workdir / "run.json", run.workdir / "results.json"
+    record = read_json(record_path)
+    check_same_run(record, run.record, run.workdir)
+    finished = read_json(results_path)
+    if finished is not None:
+        console.print(f"This run is done; nothing to do. Delete {run.workdir} to train it anew.")
+        return finished
+    sessions = [*(record or {}).get("sessions", []), session()]
+    write_json(record_path, {**run.record, "sessions": sessions})
+
+    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
+    if checkpoints.latest is None:
+        state = run.create_now()
+    else:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated), jax.eval_shape(run.create)
+        )
+        state = checkpoints.restore(abstract)
+        console.print(f"Resuming at step {int(state.step)} of {total}.")
+    start = int(state.step)
+    began = time.monotonic()
+    judge = Judge(run)
+    with Interruption() as interruption, closing(Metrics(run.workdir, start)) as metrics, closing(checkpoints):
+        state = loop(run, state, start, checkpoints, metrics, judge, interruption)
+        checkpoints.wait()
+        seconds = time.monotonic() - began
+        if start < total:
+            console.print(f"Trained {total - start} steps in {seconds / 60:.1f} min. Probing …")
+        results = judge.final(state) | {"step": total, "seconds": seconds + (record or {}).get("seconds", 0.0)}
+        metrics.write(total, {f"final/{k}": v for k, v in results["student"].items()})
+    write_json(results_path, results)
+    return results
+
+
+def loop(run, state, start, checkpoints, metrics, judge, interruption) -> State:
+    """The steps from `start` to the end."""
+    c, step_config = run.config, run.recipe.step
+    total, per_epoch = step_config.total_steps, step_config.steps_per_epoch
+    if start >= total:
+        return state
+    save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
+    probe_every = round(c.probe.every_epochs * per_epoch)
+    loader, train_step, frozen = run.loader(), run.train_step(), run.frozen()
+    knn, paused, began = math.nan, 0.0, math.nan
+    flying: deque = deque()
+
+    def land(bar: Bar) -> None:
+        """Reads the oldest metrics in flight, which the device has finished or is about to."""
+        nonlocal began
+        step, values = flying.popleft()
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        if values["nonfinite"] > step_config.max_nonfinite:
+            diverged(run, step, state, checkpoints)
+        now = time.monotonic() - paused
+        began = now if math.isnan(began) else began  # the first step's compilation is no speed
+        speed = (step - start - 1) * c.batch_size / (now - began) if now > began else math.nan
+        left = (total - step) * c.batch_size / speed
+        bar.update(step, images_per_second=speed, seconds_left=left, loss=values["loss"], knn=knn)
+        if step % c.log_every == 0 or step == total:
+            metrics.write(step, {"epoch": step / per_epoch, **values, "images_per_second": speed})
+
+    with Bar(total, start) as bar, closing(loader.batches(start, total)) as batches:
+        for step, batch in enumerate(batches, start + 1):
+            state, values = train_step(state, frozen, batch, loader.data)
+            flying.append((step, values))
+            due = interruption.signal or step == total
+            probe_due, save_due = probe_every and step % probe_every == 0 and step < total, step % save_every == 0
+            while flying and (len(flying) > IN_FLIGHT or due or probe_due or save_due):
+                land(bar)
+            if probe_due:
+                pause = time.monotonic()
+                found = judge.quick(state)
+                metrics.write(step, {f"probe/{name}": value for name, value in found.items()})
+                knn = found.get(f"knn{c.probe.knn[0]}", math.nan)
+                paused += time.monotonic() - pause
+            if save_due or due:
+                checkpoints.save(step, state)
+            if interruption.signal:
+                checkpoints.wait()
+                console.print(f"Stopped by {interruption.name}; saved at step {step}. The same command goes on from there.")
+                raise SystemExit(128 + interruption.signal)
+    return state
+
+
+def diverged(run: Run, step: int, state: State, checkpoints: Checkpoints) -> None:
+    """Saves the state from before the first refused step, writes down how to replay it, and stops."""
+    failed = int(state.step)  # the state halts at the failing step
+    checkpoints.save(failed, state)
+    checkpoints.wait()
+    path = run.workdir / "nonfinite.json"
+    replay = {
+        "step": failed,
+        "checkpoint": str(checkpoints.directory / str(failed)),
+        "seed": run.config.seed,
+        "how": "Every batch, view and update is a function of this config, this checkpoint and the step: running the "
+        "same command again repeats the step.",
+    }
+    write_json(path, replay)
+    raise UserError(
+        f"the loss or a gradient of step {failed + 1} is not finite; the state from before it is saved and {path} says "
+        "how to replay it: lower optim.lr, set compute_dtype='float32', or allow skipping with max_nonfinite."
+    )
+
+
+class Judge:
+    """The probes of a run: a quick kNN while it trains, everything at the end."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.role = run.recipe.method.evaluated[0]
+        spec, size = run.recipe.specs[self.role], run.config.image_size
+        self.apply, self.size = pooled_features(spec, size), size
+        self._sets: tuple[Labelled, Labelled] | None = None
+
+    @property
+    def sets(self) -> tuple[Labelled, Labelled]:
+        if self._sets is None:
+            self._sets = labelled(self.run.train), labelled(self.run.test)
+        return self._sets
+
+    def variables(self, state: State) -> dict[str, Any]:
+        return {"params": {**state.trained, **state.averaged}[self.role], "batch_stats": state.batch_stats[self.role]}
+
+    def measure(self, apply, train: Labelled, *, linear: bool) -> dict[str, float]:
+        c = self.run.config.probe
+        return evaluate(
+            apply, train, self.sets[1], ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh
+        )
+
+    def quick(self, state: State) -> dict[str, float]:
+        """kNN against a part of the training images, and signs of collapse."""
+        bank = self.sets[0].head(self.run.config.probe.knn_bank)
+        return self.measure(Partial(self.apply, self.variables(state)), bank, linear=False)
+
+    def final(self, state: State) -> dict[str, Any]:
+        """The trained network, raw pixels and the network's random weights under the same probes."""
+        train, linear = self.sets[0], self.run.config.probe.linear
+        spec = self.run.recipe.specs[self.role]
+        results = {self.role: self.measure(Partial(self.apply, self.variables(state)), train, linear=linear)}
+        if train.num_classes:
+            results["raw pixels"] = self.measure(raw_pixels, train, linear=linear)
+            fresh = self.variables(self.run.create_now())
+            sample = np.stack([self.run.train[i]["image"] for i in range(min(512, len(self.run.train)))])
+            random = batch_calibrated(spec, fresh, sample, self.size)
+            results["random weights"] = self.measure(Partial(self.apply, random), train, linear=linear)
+        return results
+
+
+def labelled(source: Source) -> Labelled:
+    """A source with its labels; decoded once where the host's memory takes that."""
+    if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
+        return Labelled(*arrays(source), source.num_classes or 0)
+    return Labelled(source, source.labels(), source.num_classes or 0)
+
+
+class Interruption:
+    """Turns SIGTERM and Ctrl-C into a wish the loop grants between steps; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    def __enter__(self) -> "Interruption":
+        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, b"\nsaving before stopping ...\n")

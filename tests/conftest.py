@@ -1,0 +1,127 @@
+"""Eight fake CPU devices, golden fixtures, and one tiny experiment for every method."""
+
+import os
+import tempfile
+
+# Most of the suite's time is compilation: spend little on optimising, and share what is compiled between workers.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ssl_kd-tests-"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from configs import base
+from ssl_kd.models import MODELS, init_network
+from ssl_kd.models.resnet import ResNet
+from ssl_kd.recipe import make_recipe
+from ssl_kd.state import create_state, stream
+from ssl_kd.step import make_train_step
+
+GOLDEN = Path(__file__).parent / "golden"
+
+MODELS["tiny"] = functools.partial(ResNet, stage_sizes=(1, 1), block="basic")
+MODELS["tiny_bottleneck"] = functools.partial(ResNet, stage_sizes=(1,), block="bottleneck")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a fixture of tests/golden/ by name."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+def tiny_config(method: str, **method_fields):
+    """A recipe of seconds: 12-px images, a tiny student and a teacher of another architecture."""
+    c = base.get_config()
+    c.name = "tiny"
+    c.batch_size, c.epochs, c.image_size = 16, 2.0, 12
+    c.student = base.network("tiny", width=0.125, stem="small_s2", dim=8)
+    c.teacher = base.network("tiny_bottleneck", width=0.125, stem="small_s2", dim=8)
+    fields = {"queue": 40, "momentum": 0.9, **method_fields}
+    if method == "rekd":
+        fields = {"prototypes": 4, "warmup": 0.0, "neighbours": 3, **fields}
+    c.method = base.method(method, **fields)
+    c.augment = base.augmentation("weak")
+    c.optim.lr = 0.5
+    return c
+
+
+class Rig:
+    """A tiny experiment without files: recipe, mesh over some of the devices, data, and steps."""
+
+    def __init__(self, config, devices: int = 1, images: int = 64):
+        self.config = config
+        self.recipe = r = make_recipe(config, images)
+        self.mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        rng = np.random.default_rng(7)
+        side = config.image_size
+        self.data = self.put(
+            {
+                "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
+                "label": rng.integers(0, 3, images).astype(np.int32),
+            }
+        )
+        self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
+        self.step = make_train_step(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh)
+
+    def put(self, tree):
+        return jax.device_put(tree, self.replicated)
+
+    def create(self):
+        r = self.recipe
+        make = functools.partial(
+            create_state, r.method, r.specs, r.optimizer, seed=self.config.seed, image_size=self.config.image_size
+        )
+        return jax.jit(make, out_shardings=self.replicated)()
+
+    def batch(self, step: int):
+        order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data["label"]))
+        index = order[: self.config.batch_size].astype(np.int32)
+        return {"index": jax.device_put(index, NamedSharding(self.mesh, PartitionSpec("data")))}
+
+    def run(self, steps: int, state=None):
+        """The state after some steps, and each step's metrics."""
+        state = self.create() if state is None else state
+        metrics = []
+        for step in range(int(state.step), int(state.step) + steps):
+            state, values = self.step(state, self.frozen, self.batch(step), self.data)
+            metrics.append({name: float(value) for name, value in values.items()})
+        return state, metrics
+
+
+VARIANTS = {
+    "moco_v2": ("moco_v2", {}),
+    "rekd": ("rekd", {}),
+    "rekd-balanced": ("rekd", {"balanced": True}),
+    "rekd-neighbour": ("rekd", {"miner": "neighbour"}),
+    "rekd-soft": ("rekd", {"miner": "soft"}),
+    "rekd-frozen": ("rekd", {"teacher": "frozen"}),
+    "rekd-self": ("rekd", {"teacher": "self"}),
+    "rekd-response": ("rekd", {"knowledge": "response"}),
+}
+
+
+@functools.cache
+def rig_of(variant: str) -> Rig:
+    """One compiled step a variant, shared by all tests that only look at it."""
+    method, fields = VARIANTS[variant]
+    return Rig(tiny_config(method, **fields))
+
+
+@functools.cache
+def three_steps(variant: str):
+    """(initial state, state after three steps, metrics) on the host."""
+    rig = rig_of(variant)
+    first = jax.device_get(rig.create())
+    last, metrics = rig.run(3)
+    return first, jax.device_get(last), metrics

@@ -1,0 +1,123 @@
+"""Losses against naive loops, closed forms and the authors' own numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_kd.losses import (
+    contrast_logits,
+    info_nce,
+    normalize,
+    relation_targets,
+    similarity,
+    sinkhorn,
+    soft_cross_entropy,
+)
+from ssl_kd.memory import Queue
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
+def test_info_nce_and_queue_equal_the_moco_reference(golden, exact):
+    g = golden("moco_infonce")
+    prefix, tolerance = ("f64_", {"rtol": 1e-9, "atol": 1e-11}) if exact else ("", {"rtol": 1e-5, "atol": 2e-6})
+    with jax.enable_x64(exact):
+        dtype = jnp.float64 if exact else jnp.float32
+        queue = Queue(rows={"key": jnp.asarray(g["in_queue"].T, dtype)}, ptr=jnp.asarray(g["in_ptr"][0], jnp.int32))
+
+        def loss(q_raw, k_raw, rows):
+            logits = contrast_logits(normalize(q_raw), normalize(k_raw), rows, float(g["hp_T"]))
+            return info_nce(logits), logits
+
+        for call in range(3):
+            q_raw, k_raw = (jnp.asarray(g[f"in_{name}_raw"][call], dtype) for name in "qk")
+            (value, logits), grad = jax.value_and_grad(loss, has_aux=True)(q_raw, k_raw, queue.rows["key"])
+            queue = queue.push({"key": normalize(k_raw)})
+            for ours, name in [
+                (value, "out_loss"),
+                (logits, "out_logits"),
+                (grad, "grad_q_raw"),
+                (queue.rows["key"].T, "out_queue_after"),
+            ]:
+                reference = g[prefix + name if f"{prefix}{name}" in g else f"f64_{name}"][call]
+                limit = tolerance["atol"] + tolerance["rtol"] * np.abs(reference).max()
+                assert np.abs(np.asarray(ours) - reference).max() <= limit, name
+            assert int(queue.ptr) == g["out_ptr_after"][call, 0]
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 7), (8, 65)])
+def test_equal_logits_cost_exactly_the_log_of_their_number(batch, rows):
+    q = jnp.ones((batch, 4)) / 2
+    value = info_nce(contrast_logits(q, q, jnp.ones((rows, 4)) / 2, 0.2))
+    np.testing.assert_allclose(value, np.log(rows + 1), rtol=1e-6)
+    everything = soft_cross_entropy(jnp.zeros((batch, rows + 1)), relation_targets(jnp.ones((batch, rows), bool)))
+    np.testing.assert_allclose(everything, np.log(rows + 1), rtol=1e-6)
+
+
+def naive_relation_contrast(q, k, queue, relation, temperature):
+    total = 0.0
+    for i in range(len(q)):
+        candidates = [k[i], *queue]
+        logits = np.array([q[i] @ a / temperature for a in candidates])
+        log_sum = np.log(np.sum(np.exp(logits)))
+        positives = [0, *(1 + np.flatnonzero(relation[i]))]
+        total -= sum(logits[p] - log_sum for p in positives) / len(positives)
+    return total / len(q)
+
+
+@pytest.mark.parametrize(("batch", "rows", "dim"), [(1, 1, 3), (5, 17, 8), (8, 64, 16)])
+def test_relation_contrast_equals_a_naive_loop(batch, rows, dim):
+    rng = np.random.default_rng(rows)
+    q, k, queue = unit(rng, batch, dim), unit(rng, batch, dim), unit(rng, rows, dim)
+    relation = rng.random((batch, rows)) < 0.3
+    logits = contrast_logits(jnp.float32(q), jnp.float32(k), jnp.float32(queue), 0.2)
+    value = soft_cross_entropy(logits, relation_targets(jnp.asarray(relation)))
+    np.testing.assert_allclose(value, naive_relation_contrast(q, k, queue, relation, 0.2), rtol=1e-5)
+
+
+def test_no_relation_is_info_nce_in_value_and_gradient():
+    rng = np.random.default_rng(0)
+    logits = jnp.float32(rng.normal(size=(6, 11)))
+    targets = relation_targets(jnp.zeros((6, 10), bool))
+    ours = jax.value_and_grad(soft_cross_entropy)(logits, targets)
+    reference = jax.value_and_grad(info_nce)(logits)
+    for a, b in zip(ours, reference, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_normalize_keeps_a_zero_row_and_its_gradient_finite():
+    grad = jax.grad(lambda x: jnp.sum(normalize(x)))(jnp.zeros((1, 3)))
+    assert jnp.all(jnp.isfinite(grad))
+    np.testing.assert_array_equal(normalize(jnp.zeros((1, 3))), 0)
+
+
+def test_bfloat16_embeddings_are_compared_in_float32():
+    a = jnp.ones((2, 300), jnp.bfloat16) * 1.01
+    assert similarity(a, a).dtype == jnp.float32
+    np.testing.assert_allclose(similarity(a, a), 300 * float(a[0, 0]) ** 2, rtol=1e-6)
+
+
+def test_sinkhorn_balances_rows_exactly_and_columns_nearly():
+    scores = jnp.float32(np.random.default_rng(1).uniform(-1, 1, (64, 8)))
+    codes = sinkhorn(scores, iterations=50)
+    np.testing.assert_allclose(jnp.sum(codes, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.sum(codes, axis=0), 8, rtol=1e-2)
+
+
+def test_three_sinkhorn_iterations_equal_a_naive_loop():
+    scores = np.random.default_rng(2).uniform(-1, 1, (5, 3))
+    codes = np.exp(scores / 0.05)
+    for _ in range(3):
+        codes /= codes.sum(axis=0)
+        codes /= codes.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sinkhorn(jnp.float32(scores)), codes, rtol=2e-4, atol=1e-6)
+
+
+def test_sinkhorn_survives_a_prototype_nobody_is_near():
+    codes = sinkhorn(jnp.array([[1.0, -9.0], [1.0, -9.0]]))
+    assert jnp.all(jnp.isfinite(codes))

@@ -1,0 +1,162 @@
+"""The compiled step: facts that hold for every method, and for every number of devices and micro-batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config
+
+every_method = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def worst(a, b) -> float:
+    """Largest difference of two trees, relative to the largest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b)), strict=True)
+    return max(np.abs(np.subtract(x, y, dtype=float)).max() / max(1e-3, np.abs(x).max()) for x, y in pairs if np.size(x))
+
+
+@every_method
+def test_three_steps_train_what_is_trained_with_one_trace(variant):
+    first, last, metrics = three_steps(variant)
+    method = rig_of(variant).recipe.method
+    assert rig_of(variant).step._cache_size() == 1
+    assert last.step == 3 and last.nonfinite == 0
+    assert all(np.isfinite(list(m.values())).all() for m in metrics)
+    assert set(last.trained) == set(method.trained) and set(last.averaged) == set(method.averaged)
+    for name in method.trained:
+        for path, before in jax.tree_util.tree_leaves_with_path(first.trained[name]):
+            after = dict(jax.tree_util.tree_leaves_with_path(last.trained[name]))[path]
+            assert np.isfinite(after).all()
+            assert not np.array_equal(before, after), f"{name}{jax.tree_util.keystr(path)} never moved"
+    for name in (*method.trained, *method.averaged):  # every network's statistics follow its own forwards
+        assert worst(first.batch_stats[name], last.batch_stats[name]) > 1e-3
+
+
+@every_method
+def test_averages_follow_their_source(variant):
+    rig = rig_of(variant)
+    state = rig.create()
+    before = jax.device_get(state.averaged)
+    state, _ = rig.run(1, state)
+    for name, (source, schedule) in rig.recipe.method.averaged.items():
+        m = schedule(0.0)
+        expected = jax.tree.map(lambda a, p, m=m: m * a + (1 - m) * p, before[name], jax.device_get(state.trained[source]))
+        assert worst(expected, state.averaged[name]) < 1e-6
+
+
+def test_a_frozen_teacher_is_never_written_and_not_in_the_state():
+    rig = rig_of("rekd-frozen")
+    before = jax.device_get(rig.frozen)
+    state, _ = rig.run(2)
+    assert worst(before, rig.frozen) == 0
+    assert "teacher" not in {**state.trained, **state.averaged, **state.batch_stats}
+
+
+@pytest.mark.parametrize("variant", ["moco_v2", "rekd", "rekd-balanced", "rekd-neighbour", "rekd-frozen"])
+def test_one_device_equals_eight(variant):
+    method, fields = VARIANTS[variant]
+    config = tiny_config(method, **fields)
+    one, eight = Rig(config, 1), Rig(config, 8)
+    (a, metrics_a), (b, metrics_b) = one.run(2), eight.run(2)
+    for x, y in zip(metrics_a, metrics_b, strict=True):
+        for name in x:
+            np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    assert worst(a.trained, b.trained) < 2e-4
+    assert worst(a.memory, b.memory) < 2e-4
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_accumulation_equals_one_batch_with_as_many_times_the_groups(groups):
+    def config(accum, bn_groups):
+        c = tiny_config("rekd")
+        c.optim.accum, c.bn_groups = accum, bn_groups
+        return c
+
+    split, whole = Rig(config(2, groups)), Rig(config(1, 2 * groups))
+    for rig in (split, whole):  # shuffled keys mix the micro-batches, so the two differ by design
+        object.__setattr__(rig.recipe.step, "shuffle_keys", False)
+    (a, metrics_a), (b, metrics_b) = split.run(2), whole.run(2)
+    np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
+    assert worst(a.trained, b.trained) < 2e-4
+    assert worst(a.batch_stats, b.batch_stats) < 2e-4
+    assert worst(a.memory, b.memory) < 2e-4
+
+
+def test_shuffled_keys_come_back_in_order():
+    """With running statistics out of the picture (one group) a shuffle must change nothing at all."""
+    plain, shuffled = Rig(tiny_config("moco_v2")), Rig(tiny_config("moco_v2"))
+    object.__setattr__(shuffled.recipe.step, "shuffle_keys", True)
+    (a, metrics_a), (b, metrics_b) = plain.run(2), shuffled.run(2)
+    np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
+    assert worst(a.memory, b.memory) < 1e-4
+
+
+def test_groups_and_shuffle_change_the_statistics():
+    config = tiny_config("moco_v2")
+    config.bn_groups = 4
+    assert abs(Rig(config).run(1)[1][0]["loss"] - rig_of("moco_v2").run(1)[1][0]["loss"]) > 1e-4
+
+
+def test_streamed_batches_equal_resident_ones():
+    rig = rig_of("rekd")
+    a, _ = rig.run(1)
+    index = rig.batch(0)["index"]
+    batch = {"index": index, "image": rig.data["image"][index], "label": rig.data["label"][index]}
+    b, _ = rig.step(rig.create(), rig.frozen, batch, None)
+    assert worst(a, b) < 1e-6
+
+
+def test_a_non_finite_step_is_refused_counted_and_halts_the_state():
+    rig = Rig(tiny_config("rekd"))
+    state, _ = rig.run(1)
+    poisoned = state.replace(trained=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.trained))
+    before = jax.device_get(poisoned)
+    after, metrics = rig.run(2, poisoned)
+    assert [m["nonfinite"] for m in metrics] == [1, 1]
+    assert after.step == before.step == 1
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y, equal_nan=True), before, jax.device_get(after))
+    assert all(jax.tree.leaves(same.replace(nonfinite=True)))
+
+
+def test_tolerated_non_finite_steps_are_skipped():
+    config = tiny_config("moco_v2")
+    config.max_nonfinite = 1
+    rig = Rig(config)
+    state = rig.create()
+    poisoned = state.replace(trained=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.trained))
+    after, metrics = rig.run(1, poisoned)
+    assert after.step == 1 and after.nonfinite == 1 and metrics[0]["nonfinite"] == 1
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_parameters_float32():
+    config = tiny_config("rekd")
+    config.compute_dtype = "bfloat16"
+    state, metrics = Rig(config).run(1)
+    assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics[0]["loss"], three_steps("rekd")[2][0]["loss"], rtol=3e-2)
+
+
+def test_teacher_relations_and_student_contrast_are_in_one_executable():
+    """The whole step is one HLO module, in which both networks' convolutions, the prototype argmax and the
+    student's softmax over the queue are found."""
+    rig = rig_of("rekd")
+    lowered = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data)
+    text = lowered.as_text()
+    assert text.count("module @") == 1
+    rows, classes = rig.config.method.queue, rig.config.method.prototypes
+    assert f"tensor<16x{classes}xf32>" in text  # teacher embeddings against prototypes
+    assert f"tensor<16x{rows}xi1>" in text  # the relation matrix
+    assert f"tensor<16x{rows + 1}xf32>" in text  # student logits
+
+
+GOLDEN_LOSSES = {
+    "moco_v2": [],
+    "rekd": [],
+}
+
+
+@pytest.mark.parametrize("variant", GOLDEN_LOSSES)
+def test_golden_steps(variant):
+    """The first losses of a fixed experiment. If you changed the mathematics on purpose, put the new ones above."""
+    losses = [m["loss"] for m in three_steps(variant)[2]]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES[variant], rtol=1e-4, err_msg=f"now {losses}")
