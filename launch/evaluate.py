@@ -6,8 +6,8 @@ python launch/evaluate.py --workdir=DIR [--network=student] [--step=N] [--source
 from absl import flags
 
 from ssl_kd import command
-from ssl_kd.report import accuracy_table
 from ssl_kd.log import console
+from ssl_kd.report import accuracy_table
 from ssl_kd.train import probe_network
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)

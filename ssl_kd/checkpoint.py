@@ -42,7 +42,7 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,
             )
         except OSError as error:
-            raise UserError(f"cannot use {self.directory} for checkpoints ({error}): choose another --workdir.") from error
+            raise UserError(f"cannot write to {self.directory} ({error}): choose another --workdir.") from error
 
     @property
     def latest(self) -> int | None:
@@ -69,7 +69,13 @@ class Checkpoints:
             ) from error
 
     def save(self, step: int, state: State) -> None:
-        """Starts writing a checkpoint; raises UserError if this or the last write met a full or unwritable disk."""
+        """Starts writing a checkpoint, unless there is one of this step: a state is a function of its step.
+
+        Raises:
+          UserError: if this or the last write met a full or unwritable disk.
+        """
+        if self.latest == step:
+            return
         self._wait(lambda: self._orbax.save_async(step, state, force=True, overwrite=False))
 
     def wait(self) -> None:
@@ -111,7 +117,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): restore the file or start in another --workdir.") from error
+        raise UserError(f"cannot read {path} ({error}): restore the file or choose another --workdir.") from error
 
 
 def array_digest(tree: Any) -> str:
@@ -148,8 +154,11 @@ def check_same_run(record: dict[str, Any] | None, run: dict[str, Any], workdir: 
     if record is None:
         return
     old, new = record["identity"], run["identity"]
-    differing = [f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)" for key in sorted(old.keys() | new.keys())
-                 if old.get(key) != new.get(key)]
+    differing = [
+        f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     if differing:
         raise UserError(
             f"{workdir} holds a run with other settings: {'; '.join(differing)}. "

@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> None:
         raise UserError(f"{given} sets an unknown key: configs/base.py lists them all.") from error
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A recipe's own error arrives as a traceback in text, a missing file as a list of attempts: both end in the cause.
+        # A recipe's own error arrives as a traceback in text, a missing file as a list of attempts: the cause comes last.
         raise UserError(lines[-1 if len(lines) > 1 else 0].split("Error: ", 1)[-1]) from error
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: write overrides as --config.key=value.")

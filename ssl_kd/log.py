@@ -84,12 +84,13 @@ class Bar:
         self._progress.stop()
 
     def update(self, step: int, *, images_per_second: float, seconds_left: float, loss: float, knn: float) -> None:
-        said = f"{images_per_second:,.0f} images/s · loss {loss:.3f}"
+        speed = "" if math.isnan(images_per_second) else f"{images_per_second:,.0f} images/s · "
+        said = f"{speed}loss {loss:.3f}"
         if not math.isnan(knn):
             said += f" · kNN {100 * knn:.1f} %"
         if self._live:
             self._progress.update(self._task, completed=step, said=said)
         elif time.monotonic() - self._line > self.LINE_SECONDS or step == self._total:
             self._line = time.monotonic()
-            print(f"step {step}/{self._total} · {said} · {seconds_left / 60:.1f} min left", flush=True)
-
+            left = "" if math.isnan(seconds_left) else f" · {seconds_left / 60:.1f} min left"
+            print(f"step {step}/{self._total} · {said}{left}", flush=True)

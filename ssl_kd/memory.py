@@ -15,12 +15,11 @@ def random_unit_rows(key: jax.Array, name: str, rows: int, dim: int) -> jax.Arra
     return normalize(jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), (rows, dim)))
 
 
-@struct.dataclass
-class Queue:
+class Queue(struct.PyTreeNode):
     """First-in first-out rows, aligned: row j of every array in `rows` belongs to the same image.
 
     Attributes:
-      rows: a dict of arrays with K leading rows. Rows not yet written are random unit vectors, which serve as negatives.
+      rows: a dict of arrays with K leading rows; those not yet written are random unit vectors, used as negatives.
       ptr: int32 scalar, the next row to write.
     """
 
@@ -39,8 +38,7 @@ class Queue:
         return Queue(rows=written, ptr=(self.ptr + count) % size)
 
 
-@struct.dataclass
-class PrototypeBank:
+class PrototypeBank(struct.PyTreeNode):
     """Dynamic semantic prototypes of ReKD in the teacher's embedding space (reconstruction).
 
     Attributes:

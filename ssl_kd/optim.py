@@ -1,4 +1,4 @@
-"""Learning-rate schedules, weight-decay masks and optimizers."""
+"""Learning-rate schedules, weight-decay masks, optimizers and moving averages of parameters."""
 
 from typing import Any, Literal
 
@@ -40,3 +40,8 @@ def make_optimizer(
     if name == "sgd":
         return optax.chain(decayed, optax.trace(momentum), optax.scale_by_learning_rate(rate))
     return optax.chain(optax.scale_by_adam(), decayed, optax.scale_by_learning_rate(rate))
+
+
+def moving_average(average: Any, params: Any, momentum: jax.Array | float) -> Any:
+    """m · average + (1 − m) · params, leaf by leaf (parameters only; buffers follow their own network's forwards)."""
+    return jax.tree.map(lambda a, p: momentum * a + (1 - momentum) * p, average, params)

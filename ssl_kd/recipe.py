@@ -25,6 +25,8 @@ FREE_KEYS = (
     "log_every",
     "checkpoint",
     "probe",
+    "student.source",  # where weights come from; their digest counts
+    "teacher.source",
     "data.test",
     "data.resident",
     "data.workers",
@@ -91,8 +93,8 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     )
     try:
         least = spec.backbone().min_size
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{role}.stem={c.stem!r} does not exist for {role}.name={c.name!r}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{role}.{error}") from error
     if config.image_size < least:
         raise UserError(
             f"image_size={config.image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: "
@@ -144,7 +146,8 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         )
     if micro % config.bn_groups or micro // config.bn_groups < 2:
         raise UserError(
-            f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or more."
+            f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
+            "more."
         )
     if 0 < method.queue < b:
         raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")

@@ -60,7 +60,7 @@ def estimate(run: Run) -> None:
         "images": f"{len(run.train):,} × {run.train.image_shape}, {step.steps_per_epoch} steps an epoch",
         "steps": f"{step.total_steps:,} of {c.batch_size} images",
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
-        "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler" if memory else "unknown",
+        "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
         "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
         "compute": f"{flops / 1e9:,.1f} GFLOP a step, by the compiler",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "

@@ -14,8 +14,7 @@ from ssl_kd.methods import Method
 from ssl_kd.models import NetworkSpec, init_network
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """The run at one step. What is not in here does not change.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ssl_kd.augment import Augmentation, augment
 from ssl_kd.methods import Context, Method
 from ssl_kd.models import Networks, NetworkSpec
+from ssl_kd.optim import moving_average
 from ssl_kd.state import State, stream
 
 Batch = Mapping[str, jax.Array]
@@ -89,7 +89,8 @@ def make_train_step(
         row = number * count + jnp.arange(count)
         order = inverse = None
         if config.shuffle_keys:
-            order = jax.random.permutation(jax.random.fold_in(stream(config.seed, "shuffle", state.step), number), count)
+            key = jax.random.fold_in(stream(config.seed, "shuffle", state.step), number)
+            order = jax.random.permutation(key, count)
             inverse = jnp.argsort(order)
         ctx = context(state, batch, number, inverse)
         views = {}
@@ -133,7 +134,7 @@ def make_train_step(
         averaged = {}
         for name, (source, schedule) in method.averaged.items():
             m = schedule(state.step / config.total_steps)
-            averaged[name] = jax.tree.map(lambda a, p, m=m: m * a + (1 - m) * p, state.averaged[name], trained[source])
+            averaged[name] = moving_average(state.averaged[name], trained[source], m)
         new = State(
             step=state.step + 1,
             nonfinite=state.nonfinite,

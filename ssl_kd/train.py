@@ -1,6 +1,7 @@
 """fit(): the loop, in a stated order."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -80,14 +81,17 @@ class Run:
         return jax.jit(self.create, out_shardings=self.replicated, compiler_options=options)()
 
     def frozen(self) -> dict[str, Any]:
-        return {name: jax.device_put(self.pretrained[name].variables, self.replicated) for name in self.recipe.method.frozen}
+        """Variables of the networks that no step writes, on the mesh."""
+        variables = {name: self.pretrained[name].variables for name in self.recipe.method.frozen}
+        return jax.device_put(variables, self.replicated)
 
     def train_step(self):
         r = self.recipe
         return make_train_step(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh)
 
-    @property
+    @functools.cached_property
     def resident(self) -> bool:
+        """Decided once: what is free on the device changes when the data is there."""
         return decide_resident(self.config.data.resident, len(self.train) * math.prod(self.train.image_shape))
 
     def loader(self) -> Loader:
@@ -141,7 +145,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     for role in recipe.method.frozen:
         if role not in pretrained:
             raise UserError(
-                f"method.teacher='frozen' needs weights: set {role}.source=workdir:PATH to a finished run, for instance "
+                f"method.teacher='frozen' needs weights: set {role}.source=workdir:PATH to a finished run, as one "
                 "of configs/moco_v2_resnet18.py."
             )
     unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
@@ -196,7 +200,7 @@ def fit(run: Run) -> dict[str, Any]:
         seconds = time.monotonic() - began
         if start < total:
             console.print(f"Trained {total - start} steps in {seconds / 60:.1f} min. Probing …")
-        results = judge.final(state) | {"step": total, "seconds": seconds + (record or {}).get("seconds", 0.0)}
+        results = judge.final(state) | {"step": total, "seconds": seconds}
         metrics.write(total, {f"final/{k}": v for k, v in results["student"].items()})
     write_json(results_path, results)
     return results
@@ -247,7 +251,7 @@ def loop(run, state, start, checkpoints, metrics, judge, interruption) -> State:
                 checkpoints.save(step, state)
             if interruption.signal:
                 checkpoints.wait()
-                console.print(f"Stopped by {interruption.name}; saved at step {step}. The same command goes on from there.")
+                console.print(f"Stopped by {interruption.name}; saved at step {step}. The same command goes on there.")
                 raise SystemExit(128 + interruption.signal)
     return state
 
@@ -321,6 +325,29 @@ def labelled(source: Source) -> Labelled:
     if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
         return Labelled(*arrays(source), source.num_classes or 0)
     return Labelled(source, source.labels(), source.num_classes or 0)
+
+
+def probe_network(
+    workdir: str, network: str = "", step: int | None = None, *, source: str = "", train: str = "", test: str = ""
+) -> dict[str, Any]:
+    """The final probes on any network of any checkpoint; data and splits default to the run's.
+
+    Raises:
+      UserError: if the run, network, checkpoint or data is not there, or the data has no labels.
+    """
+    found = load_network(workdir, network, step)
+    c = found.config
+    spec = source or c.data.source
+    train_set = open_source(spec, train or c.data.train, c.data.canvas)
+    if not train_set.num_classes:
+        raise UserError(
+            f"data.source={spec!r} has no labels, so there is nothing to probe: choose a labelled --source."
+        )
+    apply = Partial(pooled_features(found.spec, c.image_size), found.variables)
+    sets = labelled(train_set), labelled(open_source(spec, test or c.data.test, c.data.canvas))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=mesh)
+    return {f"{found.role} at step {found.step}": row}
 
 
 class Interruption:

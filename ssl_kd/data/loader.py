@@ -5,12 +5,14 @@ The order law: with N images and batch size B an epoch has S = N // B steps, and
 devices, processes or workers, nor whether the set is resident; so there is no iterator state to save.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import os
+import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import grain
 import jax
@@ -23,8 +25,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ssl_kd.data import sources
 from ssl_kd.errors import UserError
 
+SHARDED, REPLICATED = PartitionSpec("data"), PartitionSpec()
 RESIDENT_FRACTION = 0.25  # of free device memory
 RESIDENT_BYTES = 2 << 30  # where the device does not say how much is free
+
+
+_open_generators: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_generators() -> None:
+    """Closes what a script left open: later, amid the interpreter's teardown, grain can no longer stop its threads."""
+    for generator in list(_open_generators):
+        generator.close()
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,9 +113,9 @@ class Loader:
         self.data: dict[str, jax.Array] | None = None
         if resident:
             image, label = sources.arrays(source)
-            self.data = {"image": self._place(image, PartitionSpec()), "label": self._place(label, PartitionSpec())}
+            self.data = {"image": self._place(image, REPLICATED), "label": self._place(label, REPLICATED)}
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+    def batches(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
         """The batches of steps start, …, stop - 1, sharded over 'data'.
 
         Resident sets give {'index': int32 (B,)}; others also 'image' uint8 (B, H, W, 3) and 'label' int32 (B,), with
@@ -110,29 +123,35 @@ class Loader:
 
         Raises: UserError from the source, the same sentence also when a worker process met it.
         """
-        sharded = PartitionSpec("data")
-        if self.data is not None:
-            for step in range(start, stop):
-                yield {"index": self._place(self._host.indices(step), sharded)}
-        elif start < stop:
-            ds = grain.MapDataset.range(start, stop).map(self._host)
-            ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))  # a batch has own threads
-            if self._workers:
-                if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts a worker
-                    flags.FLAGS.mark_as_parsed()
-                options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-                # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.
-                ds = ds.mp_prefetch(options).map(lambda batch: {name: np.array(rows) for name, rows in batch.items()})
-            ds = ds.map(lambda batch: {name: self._place(rows, sharded) for name, rows in batch.items()})
-            ds = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=1)
-            with contextlib.closing(iter(ds)) as batches:  # else grain's threads outlive the loop and print at exit
-                yield from batches
+        batches = self._resident(start, stop) if self.data is not None else self._streamed(start, stop)
+        _open_generators.add(batches)
+        return batches
+
+    def _resident(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
+        for step in range(start, stop):
+            yield {"index": self._place(self._host.indices(step), SHARDED)}
+
+    def _streamed(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
+        if start >= stop:
+            return
+        ds = grain.MapDataset.range(start, stop).map(self._host)
+        ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))  # a batch has its own threads
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts a worker
+                flags.FLAGS.mark_as_parsed()
+            ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+            # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.
+            ds = ds.map(lambda batch: {name: np.array(rows) for name, rows in batch.items()})
+        ds = ds.map(lambda batch: {name: self._place(rows, SHARDED) for name, rows in batch.items()})
+        ds = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=1)
+        with contextlib.closing(iter(ds)) as batches:  # else its threads and processes outlive the loop
+            yield from batches
 
     def _own_rows(self, batch_size: int) -> np.ndarray:
         """Positions within the global batch whose shards live on this process's devices, in order."""
         if self._mesh is None:
             return np.arange(batch_size)
-        sharding = NamedSharding(self._mesh, PartitionSpec("data"))
+        sharding = NamedSharding(self._mesh, SHARDED)
         shards = sharding.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in shards]))
 

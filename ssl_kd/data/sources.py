@@ -51,8 +51,8 @@ def open_source(spec: str, split: str, canvas: int = 0) -> Source:
       split: a split's name, optionally sliced by rows or percent: 'train', 'train[:10000]', 'train[10%:20%]',
         'test[-500:]'. 'test' means the validation split of a parquet directory that has no test split.
       canvas: side of the square canvas in pixels: each image's shorter side is resized to it by antialiased bilinear
-        (Pillow), and the centre kept; images of canvas size already are left alone. This is an interim choice: the random
-        resized crop sees the square only. 0 keeps the images' own size, which must then be the same for all.
+        (Pillow), and the centre kept; images of canvas size already are left alone. This is an interim choice: the
+        random resized crop sees the square only. 0 keeps the images' own size, then the same for all.
 
     Raises:
       UserError: unknown spec, split or slice; missing, empty, corrupt or truncated files; unreadable images; images of
@@ -161,7 +161,7 @@ class Rows:
 
 
 def center_square(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (h, w, 3) -> (side, side, 3): the shorter side resized to `side` (antialiased bilinear), then the centre."""
+    """uint8 (h, w, 3) -> (side, side, 3): shorter side resized to `side` (antialiased bilinear), then the centre."""
     h, w = image.shape[:2]
     s = min(h, w)
     left, top = (w - s) / 2, (h - s) / 2
@@ -186,7 +186,8 @@ def decode_image(data: bytes | pa.Buffer, where: Callable[[], str]) -> np.ndarra
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's plugins raise anything on corrupt bytes: OSError, SyntaxError, struct.error
-        raise UserError(f"{where()} is not a readable image ({_first_line(error)}); restore or remove it") from error
+        reason = _first_line(error).partition(" <")[0]  # less "<_io.BytesIO object at 0x…>"
+        raise UserError(f"{where()} is not a readable image ({reason}); restore or remove it") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -423,6 +424,9 @@ class TfdsReader:
         self.label = labels[0] if labels else None
         self.num_classes = features[self.label].num_classes if self.label else None
         self.rows = builder.as_data_source(split, decoders={self.image: tfds.decode.SkipDecoding()})
+
+    def __reduce__(self) -> tuple:
+        return TfdsReader, (self.name, self.split)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""MoCo-v2 (He et al. 2020; Chen et al. 2020, arXiv 2003.04297): instance-wise contrast, the baseline of every method."""
+"""MoCo-v2 (He et al. 2020; Chen et al., arXiv 2003.04297): instance-wise contrast, the baseline of every method."""
 
 import dataclasses
 from collections.abc import Mapping

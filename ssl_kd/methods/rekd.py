@@ -29,8 +29,7 @@ from ssl_kd.memory import PrototypeBank, Queue, random_unit_rows
 from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant
 
 
-@struct.dataclass
-class ReKDMemory:
+class ReKDMemory(struct.PyTreeNode):
     """Aligned queue of keys k, and where the method needs them teacher embeddings u, assignments y and labels."""
 
     queue: Queue

@@ -103,14 +103,14 @@ def evaluate(
     return result
 
 
-def batch_calibrated(spec: NetworkSpec, variables: Any, images: jax.Array, size: int) -> Any:
+def batch_calibrated(spec: NetworkSpec, variables: Any, images: np.ndarray, size: int) -> Any:
     """Variables whose running statistics are those of one batch: a random network's fair chance as a baseline.
 
     Running statistics move as r ← a r + (1 − a) b, so b follows from the statistics before and after one batch.
     """
     network = Network(dataclasses.replace(spec, bn_groups=1))
     _, after = network.apply(
-        variables, preprocess(images, size), norm="batch", method="features", mutable=["batch_stats"]
+        variables, preprocess(jnp.asarray(images), size), norm="batch", method="features", mutable=["batch_stats"]
     )
     a = BatchNorm.momentum
     stats = jax.tree.map(lambda r, new: (new - a * r) / (1 - a), variables["batch_stats"], after["batch_stats"])

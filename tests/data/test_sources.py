@@ -1,4 +1,4 @@
-"""Sources: the embedded set, parquet directories as Hugging Face writes them, prepared TFDS sets, and every bad input."""
+"""The embedded set, parquet directories as Hugging Face writes them, prepared TFDS sets, and every bad input."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_unknown_spec_lists_the_valid_ones(spec):
 
 
 def test_negative_canvas():
-    with pytest.raises(UserError, match="data.canvas=-1"):
+    with pytest.raises(UserError, match=r"data.canvas=-1"):
         open_source("embedded", "train", canvas=-1)
 
 

@@ -93,9 +93,7 @@ def test_soft_targets_stay_on_the_own_key_while_nothing_is_written():
 def test_without_relations_the_student_is_moco_v2(fields):
     _, moco, moco_metrics = three_steps("moco_v2")
     state, metrics = Rig(tiny_config("rekd", **fields)).run(3)
-    np.testing.assert_allclose(
-        [m["student_loss"] for m in metrics], [m["loss"] for m in moco_metrics], rtol=1e-5
-    )
+    np.testing.assert_allclose([m["student_loss"] for m in metrics], [m["loss"] for m in moco_metrics], rtol=1e-5)
     assert worst(moco.trained["student"], state.trained["student"]) < 1e-4
 
 
@@ -122,10 +120,10 @@ class Fixed:
         return self.rows
 
 
-def context(**changes):
+def context():
     zero = jnp.zeros(())
-    values = {"step": 0, "epoch": zero, "progress": zero, "key": None, "index": jnp.arange(B), "label": jnp.arange(B) % 3}
-    return Context(**{**values, **changes})
+    index = jnp.arange(B)
+    return Context(step=0, epoch=zero, progress=zero, key=None, index=index, label=index % 3)
 
 
 def test_response_knowledge_is_seed_with_the_online_teacher():

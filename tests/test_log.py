@@ -1,0 +1,39 @@
+"""metrics.jsonl survives what can happen to it."""
+
+import json
+
+import pytest
+
+from ssl_kd.errors import UserError
+from ssl_kd.log import Metrics
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_cuts_back_to_the_restored_step(tmp_path):
+    first = Metrics(tmp_path, 0)
+    for step in (5, 10, 15):
+        first.write(step, {"loss": float(step)})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')  # killed in the middle of a line
+    second = Metrics(tmp_path, 10)
+    second.write(15, {"loss": 1.0})
+    second.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(5, 5.0), (10, 10.0), (15, 1.0)]
+
+
+def test_nan_is_written_as_null(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, {"loss": float("nan"), "lr": 0.5})
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": None, "lr": 0.5}]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir"):
+        Metrics(tmp_path / "file" / "run", 0)

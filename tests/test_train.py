@@ -1,0 +1,254 @@
+"""The loop: killed anywhere it ends bit-identical, and every user's mistake is one sentence before long work starts."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from ssl_kd import checkpoint, train
+from ssl_kd.checkpoint import Checkpoints, array_digest
+from ssl_kd.errors import UserError
+from ssl_kd.step import State
+from ssl_kd.train import Interruption, fit, prepare
+from ssl_kd.trained import load, load_network
+
+
+def final_state(workdir: Path) -> State:
+    run = prepare(runs.config(), workdir)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated), jax.eval_shape(run.create)
+    )
+    return Checkpoints(workdir).restore(abstract, 12)
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The work directory of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    fit(prepare(runs.config(), workdir))
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A finished run a test may damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_run_leaves_its_record_metrics_and_results(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["config"]["batch_size"] == 16 and record["images"] == 96
+    assert {"jax", "flax", "python"} <= set(record["sessions"][0]["versions"]) and record["sessions"][0]["git"]
+    steps = [line["step"] for line in metrics(finished) if "loss" in line]
+    assert steps == list(range(1, 13))
+    assert {"positives", "relation_precision", "prototype_entropy", "lr", "grad_norm"} <= set(metrics(finished)[5])
+    probes = [line for line in metrics(finished) if "probe/knn5" in line]
+    assert [line["step"] for line in probes] == [6]
+    assert {"probe/feature_std", "probe/effective_rank"} <= set(probes[0])
+    results = json.loads((finished / "results.json").read_text())
+    assert {"student", "raw pixels", "random weights"} <= set(results)
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [9, 12]  # the newest two
+
+
+def test_killed_at_every_point_it_ends_bit_identical(finished, tmp_path):
+    workdir = tmp_path / "run"
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    for point in (*runs.KILLS, "none"):
+        done = subprocess.run(
+            [sys.executable, runs.__file__, str(workdir), point], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == (0 if point == "none" else -signal.SIGKILL), done.stderr
+    reference, resumed = jax.device_get(final_state(finished)), jax.device_get(final_state(workdir))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(reference), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    loss = [(m["step"], m["loss"]) for m in metrics(workdir) if "loss" in m]
+    assert loss == [(m["step"], m["loss"]) for m in metrics(finished) if "loss" in m]
+    assert len(json.loads((workdir / "run.json").read_text())["sessions"]) == 5
+
+
+def test_sigterm_saves_first_and_the_same_command_goes_on(finished, tmp_path):
+    run = prepare(runs.config(), tmp_path / "run")
+
+    def interrupt():
+        path = run.workdir / "metrics.jsonl"
+        while not (path.exists() and path.read_text().count("\n") >= 2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as stop:
+        fit(run)
+    assert stop.value.code == 128 + signal.SIGTERM
+    saved = Checkpoints(run.workdir).latest
+    assert saved is not None and 2 <= saved <= 12
+    assert max(m["step"] for m in metrics(run.workdir)) == saved
+    fit(prepare(runs.config(), run.workdir))
+    assert array_digest(final_state(run.workdir)) == array_digest(final_state(finished))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), Interruption():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_finished_run_is_left_alone(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    results = fit(prepare(runs.config(), finished))
+    assert results == json.loads((finished / "results.json").read_text())
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_other_settings_are_refused_with_the_differing_keys(copy):
+    with pytest.raises(UserError, match=r"optim.lr \(0.5 there, 0.25 now\)"):
+        fit(prepare(runs.config(**{"optim.lr": 0.25}), copy))
+
+
+def test_settings_outside_the_mathematics_may_change(copy):
+    (copy / "results.json").unlink()
+    results = fit(prepare(runs.config(log_every=7, **{"data.resident": "off", "probe.knn": (3,)}), copy))
+    assert "knn3" in results["student"]
+
+
+def test_streaming_trains_exactly_as_resident(finished, tmp_path):
+    fit(prepare(runs.config(**{"data.resident": "off"}), tmp_path / "run"))
+    assert array_digest(final_state(tmp_path / "run")) == array_digest(final_state(finished))
+
+
+def test_a_damaged_checkpoint_is_one_sentence(copy):
+    (copy / "results.json").unlink()
+    for path in (copy / "checkpoints" / "12").rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/12 is damaged .* delete that folder") as error:
+        fit(prepare(runs.config(), copy))
+    assert "\n" not in str(error.value)
+    shutil.rmtree(copy / "checkpoints" / "12")
+    fit(prepare(runs.config(), copy))  # the remedy works
+
+
+def test_an_unwritable_workdir_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --workdir"):
+        fit(prepare(runs.config(), tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(copy, monkeypatch):
+    run = prepare(runs.config(), copy)
+    checkpoints = Checkpoints(copy, keep=2)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._orbax, "save_async", full)
+    with pytest.raises(UserError, match=r"No space left on device.*the checkpoints before it are whole"):
+        checkpoints.save(15, run.create_now())
+    assert Checkpoints(copy).latest == 12
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(UserError, match=r"results\.json"):
+        checkpoint.write_json(copy / "results.json", {})
+
+
+def test_a_diverged_run_stops_with_the_step_and_can_be_replayed(tmp_path):
+    config = runs.config(**{"optim.lr": 1e30})
+    with pytest.raises(UserError, match=r"the loss or a gradient of step \d+ is not finite"):
+        fit(prepare(config, tmp_path))
+    replay = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert (tmp_path / "checkpoints" / str(replay["step"])).is_dir()
+    with pytest.raises(UserError, match=f"step {replay['step'] + 1} is not finite"):
+        fit(prepare(config, tmp_path))
+
+
+def test_a_frozen_teacher_comes_from_a_run_and_its_digest_is_recorded(finished, tmp_path):
+    config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
+    run = prepare(config, tmp_path)
+    assert run.recipe.method.teacher == "frozen"
+    assert run.recipe.specs["teacher"] == load_network(finished).spec  # architecture as trained, not as configured
+    fit(run)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["identity"]["teacher.digest"] == load_network(finished).digest
+
+
+def test_another_teacher_is_refused(finished, copy, tmp_path):
+    config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
+    workdir = tmp_path / "student"
+    fit(prepare(config, workdir))
+    shutil.rmtree(copy / "checkpoints" / "12")  # its newest is now step 9: other weights
+    config.teacher.source = f"workdir:{copy}"
+    with pytest.raises(UserError, match=r"teacher\.digest"):
+        fit(prepare(config, workdir))
+
+
+def test_a_student_may_start_from_a_run(finished, tmp_path):
+    run = prepare(runs.config(**{"student.source": f"workdir:{finished}"}), tmp_path)
+    started = jax.device_get(run.create_now())
+    found = load_network(finished)
+    assert array_digest(started.trained["student"]) == array_digest(found.variables["params"])
+    assert array_digest(started.averaged["student_momentum"]) == array_digest(found.variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"teacher.source": "workdir:nowhere"}, "nowhere holds no run"),
+        ({"teacher.source": "file.pth"}, "teacher.source='file.pth'"),
+        ({"method.teacher": "frozen"}, "teacher.source=workdir:PATH"),
+        ({"data.source": "folder"}, "data.source='folder'"),
+        ({"data.source": "hf:nowhere"}, "nowhere"),
+        ({"data.train": "train[:8]"}, "larger than the training set of 8"),
+        ({"batch_size": 12}, "multiple of 8"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_anything_is_written(changes, sentence, tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare(runs.config(**changes), tmp_path / "run")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_load_embeds_images_in_three_lines(finished):
+    apply, params = load(finished)
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
+    features = apply(params, images)
+    assert features.shape == (5, load_network(finished).spec.backbone().pooled_dim)
+    np.testing.assert_allclose(apply(params, images[2:3])[0], features[2], rtol=1e-4, atol=1e-5)  # rows are independent
+    other, teacher = load(finished, "teacher", step=9)
+    assert other(teacher, images).shape[0] == 5
+
+
+def test_load_names_what_is_missing(finished, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="choose one of student, teacher"):
+        load(finished, "nobody")
+    with pytest.raises(UserError, match="checkpoints/5"):
+        load(finished, step=5)
+
+
+def test_unlabelled_data_trains_and_reports_health_only(tmp_path, monkeypatch):
+    opened = train.open_source
+
+    def unlabelled(*args):
+        source = opened(*args)
+        source.num_classes = None
+        source.reader.label_of = lambda row: -1
+        return source
+
+    monkeypatch.setattr(train, "open_source", unlabelled)
+    results = fit(prepare(runs.config(epochs=0.5), tmp_path))
+    assert set(results["student"]) == {"feature_std", "effective_rank"}
