@@ -7,8 +7,8 @@ from absl import flags
 
 from ssl_kd import command
 from ssl_kd.log import console
+from ssl_kd.probes.judge import probe_network
 from ssl_kd.report import accuracy_table
-from ssl_kd.train import probe_network
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 NETWORK = flags.DEFINE_string("network", "", "Which network; default the method's evaluated one.")

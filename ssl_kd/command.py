@@ -20,12 +20,14 @@ CUDA_INSTALL = 'pip install -U "jax[cuda12]"'
 def run(main: Callable[[], None]) -> None:
     """Parses the command line and runs a launcher; a UserError becomes its sentence on stderr and exit status 2."""
     try:
-        _parse(sys.argv)
+        parse()
         _set_up_jax()
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def define_config() -> flags.FlagHolder:
@@ -40,20 +42,21 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / "-".join(part for part in parts if part)
 
 
-def _parse(argv: list[str]) -> None:
+def parse() -> None:
+    """Reads sys.argv into the flags. Raises UserError for whatever is wrong with it."""
     try:
-        rest = flags.FLAGS(argv)[1:]
+        rest = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS and flags.FLAGS.config is None:
             raise UserError("--config is missing: name a recipe, as --config=configs/rekd_alexnet.py.")
         if "config" in flags.FLAGS:
             flatten(flags.FLAGS.config)  # a recipe that failed to load says so when it is first read
     except AttributeError as error:
         key = str(error).strip("\"'\\").split("\\n")[0].strip("\"'\\")
-        given = next((arg for arg in argv if f".{key}=" in arg or arg.endswith(f".{key}")), key)
+        given = next((arg for arg in sys.argv if f".{key}=" in arg or arg.endswith(f".{key}")), key)
         raise UserError(f"{given} sets an unknown key: configs/base.py lists them all.") from error
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A recipe's own error arrives as a traceback in text, a missing file as a list of attempts: the cause comes last.
+        # A recipe's own error comes as a traceback in text, a missing file as a list of attempts: the cause is last.
         raise UserError(lines[-1 if len(lines) > 1 else 0].split("Error: ", 1)[-1]) from error
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: write overrides as --config.key=value.")

@@ -10,27 +10,23 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
 from ssl_kd.data.loader import Loader, decide_resident
-from ssl_kd.data.sources import Source, arrays, open_source
+from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
-from ssl_kd.probes.evaluate import Labelled, batch_calibrated, evaluate, pooled_features, raw_pixels
+from ssl_kd.probes.judge import Judge
 from ssl_kd.recipe import Recipe, identity, make_recipe
 from ssl_kd.state import State, create_state
 from ssl_kd.step import make_train_step
 from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
-
-PROBE_BYTES = 2 << 30
-"""Largest decoded set that probes keep in host memory."""
 
 IN_FLIGHT = 3
 """Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
@@ -194,24 +190,32 @@ def fit(run: Run) -> dict[str, Any]:
     start = int(state.step)
     began = time.monotonic()
     judge = Judge(run)
-    with Interruption() as interruption, closing(Metrics(run.workdir, start)) as metrics, closing(checkpoints):
-        state = loop(run, state, start, checkpoints, metrics, judge, interruption)
+    with closing(Metrics(run.workdir, start)) as metrics, closing(checkpoints):
+        if start < total:
+            with Interruption() as interruption:
+                state = loop(run, state, start, checkpoints, metrics, judge, interruption)
         checkpoints.wait()
         seconds = time.monotonic() - began
         if start < total:
             console.print(f"Trained {total - start} steps in {seconds / 60:.1f} min. Probing …")
         results = judge.final(state) | {"step": total, "seconds": seconds}
-        metrics.write(total, {f"final/{k}": v for k, v in results["student"].items()})
+        metrics.write(total, {f"final/{k}": v for k, v in results[judge.role].items()})
     write_json(results_path, results)
     return results
 
 
-def loop(run, state, start, checkpoints, metrics, judge, interruption) -> State:
-    """The steps from `start` to the end."""
+def loop(
+    run: Run,
+    state: State,
+    start: int,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    judge: Judge,
+    interruption: "Interruption",
+) -> State:
+    """The steps from `start` to the end; the host only sends row numbers and reads metrics that are already there."""
     c, step_config = run.config, run.recipe.step
     total, per_epoch = step_config.total_steps, step_config.steps_per_epoch
-    if start >= total:
-        return state
     save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
     probe_every = round(c.probe.every_epochs * per_epoch)
     loader, train_step, frozen = run.loader(), run.train_step(), run.frozen()
@@ -224,7 +228,7 @@ def loop(run, state, start, checkpoints, metrics, judge, interruption) -> State:
         step, values = flying.popleft()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if values["nonfinite"] > step_config.max_nonfinite:
-            diverged(run, step, state, checkpoints)
+            diverged(run, state, checkpoints)
         now = time.monotonic() - paused
         began = now if math.isnan(began) else began  # the first step's compilation is no speed
         speed = (step - start - 1) * c.batch_size / (now - began) if now > began else math.nan
@@ -256,7 +260,7 @@ def loop(run, state, start, checkpoints, metrics, judge, interruption) -> State:
     return state
 
 
-def diverged(run: Run, step: int, state: State, checkpoints: Checkpoints) -> None:
+def diverged(run: Run, state: State, checkpoints: Checkpoints) -> NoReturn:
     """Saves the state from before the first refused step, writes down how to replay it, and stops."""
     failed = int(state.step)  # the state halts at the failing step
     checkpoints.save(failed, state)
@@ -274,80 +278,6 @@ def diverged(run: Run, step: int, state: State, checkpoints: Checkpoints) -> Non
         f"the loss or a gradient of step {failed + 1} is not finite; the state from before it is saved and {path} says "
         "how to replay it: lower optim.lr, set compute_dtype='float32', or allow skipping with max_nonfinite."
     )
-
-
-class Judge:
-    """The probes of a run: a quick kNN while it trains, everything at the end."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.role = run.recipe.method.evaluated[0]
-        spec, size = run.recipe.specs[self.role], run.config.image_size
-        self.apply, self.size = pooled_features(spec, size), size
-        self._sets: tuple[Labelled, Labelled] | None = None
-
-    @property
-    def sets(self) -> tuple[Labelled, Labelled]:
-        if self._sets is None:
-            self._sets = labelled(self.run.train), labelled(self.run.test)
-        return self._sets
-
-    def variables(self, state: State) -> dict[str, Any]:
-        return {"params": {**state.trained, **state.averaged}[self.role], "batch_stats": state.batch_stats[self.role]}
-
-    def measure(self, apply, train: Labelled, *, linear: bool) -> dict[str, float]:
-        c = self.run.config.probe
-        return evaluate(
-            apply, train, self.sets[1], ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh
-        )
-
-    def quick(self, state: State) -> dict[str, float]:
-        """kNN against a part of the training images, and signs of collapse."""
-        bank = self.sets[0].head(self.run.config.probe.knn_bank)
-        return self.measure(Partial(self.apply, self.variables(state)), bank, linear=False)
-
-    def final(self, state: State) -> dict[str, Any]:
-        """The trained network, raw pixels and the network's random weights under the same probes."""
-        train, linear = self.sets[0], self.run.config.probe.linear
-        spec = self.run.recipe.specs[self.role]
-        results = {self.role: self.measure(Partial(self.apply, self.variables(state)), train, linear=linear)}
-        if train.num_classes:
-            results["raw pixels"] = self.measure(raw_pixels, train, linear=linear)
-            fresh = self.variables(self.run.create_now())
-            sample = np.stack([self.run.train[i]["image"] for i in range(min(512, len(self.run.train)))])
-            random = batch_calibrated(spec, fresh, sample, self.size)
-            results["random weights"] = self.measure(Partial(self.apply, random), train, linear=linear)
-        return results
-
-
-def labelled(source: Source) -> Labelled:
-    """A source with its labels; decoded once where the host's memory takes that."""
-    if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
-        return Labelled(*arrays(source), source.num_classes or 0)
-    return Labelled(source, source.labels(), source.num_classes or 0)
-
-
-def probe_network(
-    workdir: str, network: str = "", step: int | None = None, *, source: str = "", train: str = "", test: str = ""
-) -> dict[str, Any]:
-    """The final probes on any network of any checkpoint; data and splits default to the run's.
-
-    Raises:
-      UserError: if the run, network, checkpoint or data is not there, or the data has no labels.
-    """
-    found = load_network(workdir, network, step)
-    c = found.config
-    spec = source or c.data.source
-    train_set = open_source(spec, train or c.data.train, c.data.canvas)
-    if not train_set.num_classes:
-        raise UserError(
-            f"data.source={spec!r} has no labels, so there is nothing to probe: choose a labelled --source."
-        )
-    apply = Partial(pooled_features(found.spec, c.image_size), found.variables)
-    sets = labelled(train_set), labelled(open_source(spec, test or c.data.test, c.data.canvas))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=mesh)
-    return {f"{found.role} at step {found.step}": row}
 
 
 class Interruption:

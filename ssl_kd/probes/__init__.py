@@ -4,6 +4,8 @@ features.py   images -> features, in batches of one shape, over the mesh
 knn.py        weighted nearest neighbours: no training, no choices
 linear.py     one linear layer, its learning rate and weight decay chosen on held-out training rows
 health.py     label-free signs of collapse
+evaluate.py   all of them on one network
+judge.py      which network of a run, when, and on which images
 
 Labels enter this package only; no method ever trains on them.
 """

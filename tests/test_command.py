@@ -1,0 +1,116 @@
+"""The command line: a mistake is one sentence and exit status 2, never a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from ssl_kd import command
+from ssl_kd.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPE = f"--config={ROOT}/configs/rekd_alexnet.py"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return command.define_config()
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses arguments as if they stood on the command line, where ml_collections looks for overrides."""
+
+    def parse(*arguments):
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)  # overrides of the parse before
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS["config"].unparse()
+        monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        command.parse()
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing"),
+        ([RECIPE, "--config.optim.lrr=1"], "--config.optim.lrr=1 sets an unknown key"),
+        ([RECIPE, "--config.batch_size=many"], "batch_size"),
+        ([RECIPE, "--config.seed=1.5"], "seed"),
+        ([RECIPE, "--colour=red"], "colour"),
+        ([RECIPE, "train"], "'train' is not a flag"),
+        ([f"{RECIPE}:huge"], "preset 'huge' is unknown: choose one of none, smoke, cifar10, imagenet"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence(config, parse, arguments, sentence):
+    with pytest.raises(UserError) as error:
+        parse(*arguments)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_workdir_is_named_after_recipe_preset_and_overrides(config, parse):
+    def workdir(*arguments):
+        parse(*arguments)
+        return str(command.default_workdir(config.value))
+
+    assert workdir(RECIPE) == "runs/rekd_alexnet"
+    assert workdir(f"{RECIPE}:smoke") == "runs/rekd_alexnet-smoke"
+    one, two = (workdir(f"{RECIPE}:smoke", f"--config.seed={seed}") for seed in (1, 2))
+    assert one != two and one.startswith("runs/rekd_alexnet-smoke-")
+    assert one == workdir(f"{RECIPE}:smoke", "--config.seed=1")
+
+
+def main(*arguments, cwd):
+    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "main.py"), *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_main_exits_2_with_the_sentence_alone(tmp_path):
+    done = main(RECIPE, "--config.data.source=hf:nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(tmp_path):
+    done = main(f"{RECIPE}:smoke", "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("student", "teacher_momentum", "parameters", "MiB", "GFLOP", "min at"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
+    """What CI and the notebook run, as a user would."""
+    done = main(f"{RECIPE}:smoke", "--config.epochs=0.5", "--workdir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("raw pixels", "random weights", "linear", "run/checkpoints", "Next: python launch/"):
+        assert word in done.stdout
+    again = main(f"{RECIPE}:smoke", "--config.epochs=0.5", "--workdir=run", cwd=tmp_path)
+    assert again.returncode == 0 and "is done" in again.stdout
+    env = {**os.environ, "XLA_FLAGS": ""}
+    probe = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--workdir=run", "--network=teacher"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert probe.returncode == 0, probe.stderr
+    assert "teacher at step 8" in probe.stdout
