@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
     c.probe = ConfigDict()
     c.probe.every_epochs = 5.0  # between kNN probes while training; 0 = only at the end
     c.probe.knn = (10, 20, 200)  # k of weighted kNN
-    c.probe.knn_bank = 2000  # training images in the kNN bank while training; the last probe uses all
+    c.probe.knn_bank = 2000  # training (and test) images of the kNN probe while training, evenly spaced
+    c.probe.train_images = 128_000  # training images of the final probes, evenly spaced; all, if there are fewer
     c.probe.linear = True  # linear probe at the end
     c.probe.batch_size = 256  # images a forward
     return c

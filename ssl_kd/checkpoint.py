@@ -59,13 +59,16 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise UserError(f"there is no checkpoint in {self.directory}: train first, or check the path.")
+        steps = [checkpoint.step for checkpoint in self._orbax.checkpoints]
+        if step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}: there are {steps}.")
         try:
             return self._orbax.load(step, abstract)
         except Exception as error:  # orbax, tensorstore and json raise many kinds for a damaged file
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"checkpoint {self.directory / str(step)} is damaged or incomplete ({reason}): "
-                "delete that folder to go on from the one before it."
+                f"checkpoint {self.directory / str(step)} cannot be read ({reason}): if it is damaged, delete that "
+                "folder to go on from the one before it; if it was written by another version, use that one."
             ) from error
 
     def save(self, step: int, state: State) -> None:
@@ -149,9 +152,11 @@ def session() -> dict[str, Any]:
 
 def check_same_run(record: dict[str, Any] | None, run: dict[str, Any], workdir: Path) -> None:
     """Refuses to continue a run whose mathematics or frozen teacher differ, naming the keys."""
-    if record is None:
-        return
-    old, new = record["identity"], run["identity"]
+    try:
+        old, new = record["identity"], run["identity"]  # type: ignore[index]
+        old.keys()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{workdir} holds a run without a readable run.json: choose another --workdir.") from error
     differing = [
         f"{key} ({old.get(key)!r} there, {new.get(key)!r} now)"
         for key in sorted(old.keys() | new.keys())

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from ssl_kd.errors import UserError
-from ssl_kd.recipe import digest, flatten
+from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
 
 CUDA_INSTALL = 'pip install -U "jax[cuda12]"'
 
@@ -36,14 +36,17 @@ def define_config() -> flags.FlagHolder:
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    """runs/<config>[-<preset>][-<digest of the overrides>]."""
+    """runs/<config>[-<preset>][-<digest of the overrides>]; overrides that change no number do not count."""
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    parts = [config.name, config.preset, digest({k: str(v) for k, v in overrides.items()}) if overrides else ""]
+    counted = {*identity(config), *WEIGHT_SOURCES}
+    overrides = {key: str(value) for key, value in overrides.items() if key in counted}
+    parts = [config.name, config.preset, digest(overrides) if overrides else ""]
     return Path("runs") / "-".join(part for part in parts if part)
 
 
 def parse() -> None:
     """Reads sys.argv into the flags. Raises UserError for whatever is wrong with it."""
+    app.define_help_flags()
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS and flags.FLAGS.config is None:
@@ -52,8 +55,10 @@ def parse() -> None:
             flatten(flags.FLAGS.config)  # a recipe that failed to load says so when it is first read
     except AttributeError as error:
         key = str(error).strip("\"'\\").split("\\n")[0].strip("\"'\\")
-        given = next((arg for arg in sys.argv if f".{key}=" in arg or arg.endswith(f".{key}")), key)
-        raise UserError(f"{given} sets an unknown key: configs/base.py lists them all.") from error
+        given = [arg for arg in sys.argv if f".{key}=" in arg or arg.endswith(f".{key}")]
+        if not given:  # raised by the recipe itself
+            raise
+        raise UserError(f"{given[0]} sets an unknown key: configs/base.py lists them all.") from error
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A recipe's own error comes as a traceback in text, a missing file as a list of attempts: the cause is last.

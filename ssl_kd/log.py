@@ -23,14 +23,28 @@ class Metrics:
         self.path = workdir / "metrics.jsonl"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= restored_step]
+            kept = [line for line in self._lines() if self._keep(json.loads(line), restored_step)]
+            self._before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
+            self._began = time.monotonic()
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(kept))
             os.replace(partial, self.path)
             self._file = self.path.open("a")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}): choose another --workdir.") from error
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.path} is damaged ({error}): remove it; the run itself goes on.") from error
+
+    @staticmethod
+    def _keep(line: Mapping[str, float], restored_step: int) -> bool:
+        """Final results are written anew by every session that reaches them."""
+        return line["step"] <= restored_step and not any(name.startswith("final/") for name in line)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run, in all its sessions up to their last line."""
+        return self._before + time.monotonic() - self._began
 
     def _lines(self) -> list[str]:
         """Whole lines only: a killed run may have left half of its last."""
@@ -40,14 +54,20 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line; NaN and infinity become null, which JSON can hold."""
-        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        line: dict[str, float | None] = {"step": step, "seconds": round(self.seconds, 3)}
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}): free space; the run resumes.") from error
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Puts on disk what a checkpoint of this step will rely on."""
+        self._board.flush()
 
     def close(self) -> None:
         self._file.close()

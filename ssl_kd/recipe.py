@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -25,14 +26,15 @@ FREE_KEYS = (
     "log_every",
     "checkpoint",
     "probe",
-    "student.source",  # where weights come from; their digest counts
-    "teacher.source",
     "data.test",
     "data.resident",
     "data.workers",
     "max_nonfinite",
 )
 """Keys that change no number of the training run: a checkpoint may be resumed with other values."""
+
+WEIGHT_SOURCES = ("student.source", "teacher.source")
+"""Where weights lie is free as well; their digest is not."""
 
 SMALL_IMAGE = 64
 """Images up to this side, pixels, take a network's small stem when `stem` is 'auto'."""
@@ -66,7 +68,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The keys that change the mathematics of the training run."""
-    free = tuple(f"{key}." for key in FREE_KEYS)
+    free = tuple(f"{key}." for key in FREE_KEYS + WEIGHT_SOURCES)
     return {key: value for key, value in flatten(config).items() if not f"{key}.".startswith(free)}
 
 
@@ -81,6 +83,7 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     one_of(f"{role}.name", c.name, MODELS)
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     positive(config, "bn_groups", f"{role}.dim", f"{role}.width", "image_size")
+    not_negative(config, f"{role}.head_hidden")
     stem = ("small" if config.image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
     spec = NetworkSpec(
         name=c.name,
@@ -108,6 +111,10 @@ def make_method(config: ConfigDict) -> Method:
     fields = dict(config.method)
     name = fields.pop("name")
     one_of("method.name", name, METHODS)
+    if set(fields) != {field.name for field in dataclasses.fields(METHODS[name])}:
+        raise UserError(
+            f"method.name={name!r} does not fit the other method keys of this recipe: choose its own recipe."
+        )
     hints = typing.get_type_hints(METHODS[name])
     for key, value in fields.items():
         if typing.get_origin(hints[key]) is Literal:
@@ -128,38 +135,34 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
       UserError: for the first impossible value or combination.
     """
     positive(config, "batch_size", "epochs", "log_every", "optim.lr", "optim.accum", "checkpoint.every_epochs")
-    positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank")
-    for key in ("optim.weight_decay", "optim.momentum", "optim.warmup_epochs", "max_nonfinite", "probe.every_epochs"):
-        if flatten(config)[key] < 0:
-            raise UserError(f"{key}={flatten(config)[key]} must not be negative.")
+    positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
+    not_negative(config, "seed", "data.workers", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs")
+    not_negative(config, "max_nonfinite", "probe.every_epochs")
+    one_of("data.resident", config.data.resident, ("auto", "on", "off"))
+    if not config.probe.knn or min(config.probe.knn) < 1:
+        raise UserError(f"probe.knn={config.probe.knn} must name at least one k of 1 or more.")
     one_of("optim.name", config.optim.name, ("sgd", "adamw"))
     one_of("optim.decay", config.optim.decay, ("all", "weights"))
     method = make_method(config)
-    b, devices = config.batch_size, jax.device_count()
+    b = config.batch_size
     micro, rest = divmod(b, config.optim.accum)
     if rest:
         raise UserError(f"batch_size={b} is not divisible by optim.accum={config.optim.accum}.")
-    if micro % devices:
-        raise UserError(
-            f"batch_size={b} over optim.accum={config.optim.accum} gives {micro} images, not divisible by the "
-            f"{devices} devices: use a multiple of {devices * config.optim.accum}."
-        )
     if micro % config.bn_groups or micro // config.bn_groups < 2:
         raise UserError(
             f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
             "more."
         )
-    if 0 < method.queue < b:
+    if method.queue < b:
         raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
     if images < b:
         raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
     specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
     specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
-    if getattr(method, "knowledge", "") == "response" and specs["student"].dim != specs["teacher"].dim:
-        raise UserError(
-            f"method.knowledge='response' compares embeddings of equal width, but student.dim={specs['student'].dim} "
-            f"and teacher.dim={specs['teacher'].dim}: set them alike."
-        )
+    try:
+        jax.eval_shape(lambda: method.init(jax.random.key(0), {name: spec.dim for name, spec in specs.items()}))
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
     per_epoch = images // b
     total = max(1, round(config.epochs * per_epoch))
     o = config.optim
@@ -176,8 +179,8 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     )
     try:
         default = Augmentation(**config.augment)
-    except ValueError as error:
-        raise UserError(f"augment: {error}") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
     return Recipe(method, specs, optimizer, rate, {**PRESETS, "default": default}, step)
 
 
@@ -189,5 +192,12 @@ def one_of(key: str, value: Any, choices: Any) -> None:
 def positive(config: ConfigDict, *keys: str) -> None:
     values = flatten(config)
     for key in keys:
-        if not values[key] > 0:
-            raise UserError(f"{key}={values[key]} must be above 0.")
+        if not 0 < values[key] < math.inf:
+            raise UserError(f"{key}={values[key]} must be above 0 and finite.")
+
+
+def not_negative(config: ConfigDict, *keys: str) -> None:
+    values = flatten(config)
+    for key in keys:
+        if not 0 <= values[key] < math.inf:
+            raise UserError(f"{key}={values[key]} must be 0 or more, and finite.")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from ssl_kd.log import console
+from ssl_kd.state import abstract
 from ssl_kd.train import Run
 
 ASSUMED_UTILISATION = 0.4
@@ -35,7 +36,7 @@ def matmul_rate(dtype: Any, size: int = 2048, seconds: float = 0.5) -> float:
 def estimate(run: Run) -> None:
     """Prints parameters, memory and time of a run without training a step. Compiles the step, for its memory."""
     c, step = run.config, run.recipe.step
-    state = jax.eval_shape(run.create)
+    state = abstract(run.create, run.replicated)
     networks = Table(title="networks")
     for column in ("name", "architecture", "parameters", "role"):
         networks.add_column(column)
@@ -50,11 +51,11 @@ def estimate(run: Run) -> None:
     console.print(networks)
 
     batch, data = run.abstract_inputs()
-    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated), state)
-    compiled = run.train_step().lower(described, run.frozen(), batch, data).compile()
+    compiled = run.train_step().lower(state, run.frozen(), batch, data).compile()
     memory = compiled.memory_analysis()
-    flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
-    rate = matmul_rate(jnp.dtype(c.compute_dtype)) * run.mesh.size
+    # The compiler counts one device's share, and the body of the loop over micro-batches once.
+    flops = (compiled.cost_analysis() or {}).get("flops", math.nan) * c.optim.accum
+    rate = matmul_rate(jnp.dtype(c.compute_dtype))
     seconds = step.total_steps * flops / (rate * ASSUMED_UTILISATION)
     rows = {
         "images": f"{len(run.train):,} × {run.train.image_shape}, {step.steps_per_epoch} steps an epoch",
@@ -62,9 +63,9 @@ def estimate(run: Run) -> None:
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
         "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
-        "compute": f"{flops / 1e9:,.1f} GFLOP a step, by the compiler",
+        "compute": f"{flops / 1e9:,.1f} GFLOP a step on each device, by the compiler",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
-        f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",
+        f"that a {jax.devices()[0].device_kind} device multiplies matrices with; probes not counted",
         "workdir": str(run.workdir),
     }
     table = Table(show_header=False)

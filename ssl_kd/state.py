@@ -1,7 +1,7 @@
 """Everything that changes during a run, how it begins, and the named random streams."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,11 @@ class State(struct.PyTreeNode):
 def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
     """The key of a named random stream at a step: a function of its arguments alone, the same in every process."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
+
+
+def abstract(create: Callable[[], State], sharding: jax.sharding.Sharding) -> State:
+    """Shapes, dtypes and one sharding for every leaf of the state that `create` would make; nothing is computed."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(create))
 
 
 def create_state(

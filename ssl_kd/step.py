@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,6 +42,11 @@ class StepConfig:
     max_nonfinite: int = 0
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds NaN or infinity."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def make_train_step(
     method: Method,
     specs: Mapping[str, NetworkSpec],
@@ -54,7 +60,7 @@ def make_train_step(
 
     `frozen` holds the variables of `method.frozen`; `data` the resident arrays, or None. Metrics are float32 scalars.
 
-    A step whose loss or gradients are not finite keeps the old state and is counted. Once more than
+    A step whose loss, gradients or pushed embeddings are not finite keeps the old state and is counted. Once more than
     `max_nonfinite` were refused, the state halts altogether: reading metrics lags behind the device, and so the state
     stays exactly the one from before the step that failed, to be saved and replayed.
     """
@@ -97,8 +103,9 @@ def make_train_step(
         for name, view in method.views.items():
             images, source = batch["image"], row
             if view.shuffled and order is not None:
-                # uint8 images and row numbers are permuted before augmentation: an image keeps its own key.
-                images, source = images[order], row[order]
+                # uint8 images and row numbers are permuted before augmentation: an image keeps its own key. Unless
+                # told, the compiler leaves the permuted rows, and so this view's networks, whole on every device.
+                images, source = jax.lax.with_sharding_constraint((images[order], row[order]), rows)
             key = stream(config.seed, f"augment/{name}", state.step)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, source)
             spec = augmentations[view.preset]
@@ -107,28 +114,30 @@ def make_train_step(
         return jax.value_and_grad(forward, has_aux=True)(state.trained, state, frozen, views, ctx)
 
     def accumulate(state: State, frozen, batch: Batch):
-        """Mean loss, gradients, metrics and statistics over the micro-batches; pushes concatenated in order."""
+        """As `micro_step` on the whole batch: means over the micro-batches, pushes concatenated in order."""
         split = jax.tree.map(lambda x: x.reshape(config.accum, -1, *x.shape[1:]), dict(batch))
         split = jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec(None, "data")))
 
-        def body(_, item):
+        def body(total, item):
             number, micro = item
             (loss, (push, metrics, stats)), grads = micro_step(state, frozen, micro, number)
-            return None, (push, (loss, metrics, stats, grads))
+            return jax.tree.map(jnp.add, total, (loss, stats, grads)), (push, metrics)
 
-        _, (push, means) = jax.lax.scan(body, None, (jnp.arange(config.accum), split))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.batch_stats, state.trained))
+        total, (push, metrics) = jax.lax.scan(body, zero, (jnp.arange(config.accum), split))
+        loss, stats, grads = jax.tree.map(lambda x: x / config.accum, total)
         push = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), push)
-        return push, jax.tree.map(lambda x: jnp.mean(x, axis=0), means)
+        # A metric is NaN where a micro-batch has nothing to measure.
+        metrics = jax.tree.map(jnp.nanmean, metrics)
+        return (loss, (push, metrics, stats)), grads
 
     def train_step(state: State, frozen, batch: Batch, data) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
             index = batch["index"]
             batch = {"image": data["image"][index], "label": data["label"][index], "index": index}
             batch = jax.lax.with_sharding_constraint(batch, rows)
-        if config.accum == 1:
-            (loss, (push, metrics, batch_stats)), grads = micro_step(state, frozen, batch, 0)
-        else:
-            push, (loss, metrics, batch_stats, grads) = accumulate(state, frozen, batch)
+        whole = accumulate(state, frozen, batch) if config.accum > 1 else micro_step(state, frozen, batch, 0)
+        (loss, (push, metrics, batch_stats)), grads = whole
         updates, opt = optimizer.update(grads, state.opt, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         averaged = {}
@@ -142,10 +151,10 @@ def make_train_step(
             averaged=averaged,
             batch_stats=batch_stats,
             opt=opt,
-            memory=method.update(state.memory, push, context(state, batch, 0)),
+            memory=method.update(state.memory, push, context(state, batch, config.accum)),
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(push)
         halted = state.nonfinite > config.max_nonfinite
         nonfinite = state.nonfinite + (~finite & ~halted)
         refused = state.replace(step=state.step + (nonfinite <= config.max_nonfinite), nonfinite=nonfinite)

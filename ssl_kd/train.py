@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -22,9 +23,10 @@ from ssl_kd.data.loader import Loader, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
+from ssl_kd.models import init_network
 from ssl_kd.probes.judge import Judge
 from ssl_kd.recipe import Recipe, identity, make_recipe
-from ssl_kd.state import State, create_state
+from ssl_kd.state import State, abstract, create_state, stream
 from ssl_kd.step import make_train_step
 from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
 
@@ -132,11 +134,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         if source.startswith(FROM_WORKDIR):
             pretrained[role] = load_network(source.removeprefix(FROM_WORKDIR))
             for key in ("name", "width", "stem", "head_hidden", "dim"):
-                config[role][key] = pretrained[role].config[pretrained[role].role][key]
+                config[role][key] = getattr(pretrained[role].spec, key)
         elif source != "init":
             raise UserError(f"{role}.source={source!r} is unknown: use 'init' or 'workdir:PATH' of an earlier run.")
     if "teacher" in pretrained and config.method.get("teacher") == "online":
-        config.method.teacher = "frozen"  # a teacher from an earlier run is used frozen
+        config.method.teacher = "frozen"
+        console.print("teacher.source is set, so the teacher is used frozen (method.teacher='frozen').")
     recipe = make_recipe(config, len(train))
     for role in recipe.method.frozen:
         if role not in pretrained:
@@ -147,6 +150,13 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
     if unused:
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
+    for role, network in pretrained.items():
+        expected = jax.eval_shape(lambda role=role: init_network(recipe.specs[role], stream(0, ""), config.image_size))
+        if jax.tree.map(jnp.shape, network.variables) != jax.tree.map(jnp.shape, expected):
+            raise UserError(
+                f"{role}.source was trained at image_size={network.config.image_size}, which fixes the shape of its "
+                f"weights, and this run has image_size={config.image_size}: use the same."
+            )
     micro = config.batch_size // config.optim.accum
     if micro % devices:
         raise UserError(
@@ -169,38 +179,29 @@ def fit(run: Run) -> dict[str, Any]:
     """
     config, total = run.config, run.recipe.step.total_steps
     record_path, results_path = run.workdir / "run.json", run.workdir / "results.json"
-    record = read_json(record_path)
-    check_same_run(record, run.record, run.workdir)
-    finished = read_json(results_path)
-    if finished is not None:
-        console.print(f"This run is done; nothing to do. Delete {run.workdir} to train it anew.")
-        return finished
-    sessions = [*(record or {}).get("sessions", []), session()]
-    write_json(record_path, {**run.record, "sessions": sessions})
-
-    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
-    if checkpoints.latest is None:
-        state = run.create_now()
-    else:
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=run.replicated), jax.eval_shape(run.create)
-        )
-        state = checkpoints.restore(abstract)
-        console.print(f"Resuming at step {int(state.step)} of {total}.")
-    start = int(state.step)
-    began = time.monotonic()
-    judge = Judge(run)
-    with closing(Metrics(run.workdir, start)) as metrics, closing(checkpoints):
-        if start < total:
-            with Interruption() as interruption:
-                state = loop(run, state, start, checkpoints, metrics, judge, interruption)
-        checkpoints.wait()
-        seconds = time.monotonic() - began
-        if start < total:
-            console.print(f"Trained {total - start} steps in {seconds / 60:.1f} min. Probing …")
-        results = judge.final(state) | {"step": total, "seconds": seconds}
-        metrics.write(total, {f"final/{k}": v for k, v in results[judge.role].items()})
-    write_json(results_path, results)
+    record, finished = read_json(record_path), read_json(results_path)
+    with closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
+        if checkpoints.latest is not None or finished is not None:
+            check_same_run(record, run.record, run.workdir)
+        if finished is not None:
+            console.print(f"This run is done; nothing to do. Delete {run.workdir} to train it anew.")
+            return finished
+        write_json(record_path, {**run.record, "sessions": [*(record or {}).get("sessions", []), session()]})
+        if checkpoints.latest is None:
+            state = run.create_now()
+        else:
+            state = checkpoints.restore(abstract(run.create, run.replicated))
+            console.print(f"Resuming at step {int(state.step)} of {total}.")
+        start, judge = int(state.step), Judge(run)
+        with closing(Metrics(run.workdir, start)) as metrics:
+            if start < total:
+                with Interruption() as interruption:
+                    state = loop(run, state, start, checkpoints, metrics, judge, interruption)
+            checkpoints.wait()
+            console.print(f"Trained in {metrics.seconds / 60:.1f} min. Probing …")
+            results = judge.final(state) | {"step": total, "seconds": metrics.seconds}
+            write_json(results_path, results)
+            metrics.write(total, {f"final/{k}": v for k, v in results[judge.role].items()})
     return results
 
 
@@ -217,7 +218,7 @@ def loop(
     c, step_config = run.config, run.recipe.step
     total, per_epoch = step_config.total_steps, step_config.steps_per_epoch
     save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
-    probe_every = round(c.probe.every_epochs * per_epoch)
+    probe_every = max(1, round(c.probe.every_epochs * per_epoch)) if c.probe.every_epochs else 0
     loader, train_step, frozen = run.loader(), run.train_step(), run.frozen()
     knn, paused, began = math.nan, 0.0, math.nan
     flying: deque = deque()
@@ -241,42 +242,48 @@ def loop(
         for step, batch in enumerate(batches, start + 1):
             state, values = train_step(state, frozen, batch, loader.data)
             flying.append((step, values))
-            due = interruption.signal or step == total
-            probe_due, save_due = probe_every and step % probe_every == 0 and step < total, step % save_every == 0
-            while flying and (len(flying) > IN_FLIGHT or due or probe_due or save_due):
+            stop = interruption.signal  # read once: what arrives later is granted after the next step
+            save_due = stop or step == total or step % save_every == 0
+            probe_due = probe_every and step % probe_every == 0 and step < total
+            while flying and (len(flying) > IN_FLIGHT or save_due or probe_due):
                 land(bar)
+            if save_due:
+                metrics.flush()
+                checkpoints.save(step, state)
+            if stop:
+                checkpoints.wait()
+                name = signal.Signals(stop).name
+                console.print(f"Stopped by {name}; saved at step {step}. The same command goes on from there.")
+                raise SystemExit(128 + stop)
             if probe_due:
                 pause = time.monotonic()
                 found = judge.quick(state)
                 metrics.write(step, {f"probe/{name}": value for name, value in found.items()})
                 knn = found.get(f"knn{c.probe.knn[0]}", math.nan)
                 paused += time.monotonic() - pause
-            if save_due or due:
-                checkpoints.save(step, state)
-            if interruption.signal:
-                checkpoints.wait()
-                console.print(f"Stopped by {interruption.name}; saved at step {step}. The same command goes on there.")
-                raise SystemExit(128 + interruption.signal)
     return state
 
 
 def diverged(run: Run, state: State, checkpoints: Checkpoints) -> NoReturn:
-    """Saves the state from before the first refused step, writes down how to replay it, and stops."""
-    failed = int(state.step)  # the state halts at the failing step
-    checkpoints.save(failed, state)
+    """Saves the state from before the first refused step, writes down how to replay it, and stops.
+
+    The refusal that halted the state is forgotten, so that the same command tries the step again.
+    """
+    failed = int(state.step)
+    checkpoints.save(failed, state.replace(nonfinite=state.nonfinite - 1))
     checkpoints.wait()
     path = run.workdir / "nonfinite.json"
     replay = {
         "step": failed,
         "checkpoint": str(checkpoints.directory / str(failed)),
         "seed": run.config.seed,
-        "how": "Every batch, view and update is a function of this config, this checkpoint and the step: running the "
-        "same command again repeats the step.",
+        "how": "The batch, views and update are functions of run.json, this checkpoint and the step: the same command "
+        "repeats the step.",
     }
     write_json(path, replay)
     raise UserError(
-        f"the loss or a gradient of step {failed + 1} is not finite; the state from before it is saved and {path} says "
-        "how to replay it: lower optim.lr, set compute_dtype='float32', or allow skipping with max_nonfinite."
+        f"the loss or a gradient of step {failed + 1} is not finite: the state from before it is saved and {path} says "
+        "how to replay it; skip such steps with --config.max_nonfinite=N, or lower optim.lr in another --workdir."
     )
 
 
@@ -285,10 +292,6 @@ class Interruption:
 
     def __init__(self):
         self.signal = 0
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.signal).name
 
     def __enter__(self) -> "Interruption":
         self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}

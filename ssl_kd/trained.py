@@ -1,7 +1,9 @@
 """Trained networks out of a work directory: frozen teachers, probes, and `ssl_kd.load` for everybody else."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ssl_kd.errors import UserError
 from ssl_kd.models import NetworkSpec
 from ssl_kd.probes.evaluate import pooled_features
 from ssl_kd.recipe import make_recipe
-from ssl_kd.state import create_state
+from ssl_kd.state import abstract, create_state
 
 FROM_WORKDIR = "workdir:"
 
@@ -55,20 +57,22 @@ def load_network(workdir: str | Path, role: str = "", step: int | None = None) -
     record = read_json(workdir / "run.json")
     if record is None:
         raise UserError(f"{workdir} holds no run (no run.json): train one there first, or check the path.")
-    config = ConfigDict(record["config"], convert_dict=True)
-    recipe = make_recipe(config, record["images"])
+    try:
+        config = ConfigDict(record["config"], convert_dict=True)
+        recipe = make_recipe(config, record["images"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{workdir / 'run.json'} is not of this version of ssl_kd ({error}): use the version its 'git' names."
+        ) from error
     known = (*recipe.method.trained, *recipe.method.averaged)
     role = role or recipe.method.evaluated[0]
     if role not in known:
         raise UserError(f"the run in {workdir} has no network {role!r}: choose one of {', '.join(known)}.")
-    abstract = jax.eval_shape(
-        lambda: create_state(
-            recipe.method, recipe.specs, recipe.optimizer, seed=config.seed, image_size=config.image_size
-        )
+    create = functools.partial(
+        create_state, recipe.method, recipe.specs, recipe.optimizer, seed=config.seed, image_size=config.image_size
     )
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-    state = Checkpoints(workdir).restore(abstract, step)
+    with closing(Checkpoints(workdir)) as checkpoints:
+        state = checkpoints.restore(abstract(create, SingleDeviceSharding(jax.local_devices()[0])), step)
     variables = {
         "params": {**state.trained, **state.averaged}[role],
         "batch_stats": state.batch_stats[role],

@@ -29,8 +29,28 @@ def test_nan_is_written_as_null(tmp_path):
     metrics = Metrics(tmp_path, 0)
     metrics.write(1, {"loss": float("nan"), "lr": 0.5})
     metrics.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": None, "lr": 0.5}]
+    (line,) = lines(tmp_path)
+    assert line.pop("seconds") >= 0 and line == {"step": 1, "loss": None, "lr": 0.5}
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_time_adds_up_over_sessions_and_final_results_are_written_anew(tmp_path):
+    first = Metrics(tmp_path, 0)
+    first._began -= 100
+    first.write(5, {"loss": 1.0})
+    first.write(5, {"final/linear": 0.5})
+    first.close()
+    second = Metrics(tmp_path, 5)
+    assert 100 <= second.seconds < 200
+    second.write(5, {"final/linear": 0.6})
+    second.close()
+    assert [line.get("final/linear") for line in lines(tmp_path)] == [None, 0.6]
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("not json }\n")
+    with pytest.raises(UserError, match="is damaged"):
+        Metrics(tmp_path, 5)
 
 
 def test_an_unwritable_place_is_one_sentence(tmp_path):

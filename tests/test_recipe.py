@@ -10,7 +10,7 @@ from conftest import tiny_config
 from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS
 from ssl_kd.models import Networks, init_network
-from ssl_kd.recipe import FREE_KEYS, flatten, identity, make_recipe
+from ssl_kd.recipe import FREE_KEYS, WEIGHT_SOURCES, flatten, identity, make_recipe
 from ssl_kd.state import create_state
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +85,17 @@ BAD = [
     ({"method.knowledge": "response", "teacher.dim": 16}, "student.dim=8 and teacher.dim=16"),
     ({"method.miner": "neighbour", "method.neighbours": 0}, "method.neighbours=0"),
     ({"augment.flip": 1.5}, "flip"),
+    ({"seed": -1}, "seed=-1"),
+    ({"epochs": float("inf")}, "epochs=inf"),
+    ({"optim.warmup_epochs": float("nan")}, "optim.warmup_epochs"),
+    ({"probe.knn": ()}, "probe.knn"),
+    ({"data.resident": "yes"}, "data.resident='yes'"),
+    ({"method.queue": 0}, "method.queue=0"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0"),
+    ({"method.momentum": 2.0}, "method.momentum=2.0"),
+    ({"method.name": "moco_v2"}, "method.name='moco_v2'"),
+    ({"student.head_hidden": -5}, "student.head_hidden=-5"),
+    ({"augment.crop_scale": (0.5,)}, "augment"),
     ({"augment.crop_scale": (0.0, 1.0)}, "crop_scale"),
 ]
 
@@ -101,7 +112,7 @@ def test_bad_values_end_in_one_sentence_that_names_the_key(changes, sentence):
 def test_identity_leaves_out_exactly_the_free_keys():
     config = tiny_config("rekd")
     keys = set(flatten(config)) - set(identity(config))
-    assert keys == {k for k in flatten(config) if any(f"{k}.".startswith(f"{f}.") for f in FREE_KEYS)}
+    assert keys == {k for k in flatten(config) if any(f"{k}.".startswith(f"{f}.") for f in FREE_KEYS + WEIGHT_SOURCES)}
     assert {"log_every", "data.workers", "probe.linear", "student.source"} <= keys
     assert {"seed", "batch_size", "optim.lr", "method.miner", "data.train"}.isdisjoint(keys)
 

@@ -39,7 +39,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> dict[str, Any]: ...
-    def labels(self) -> np.ndarray: ...  # int32 (N,), read without decoding images
+    def label_of(self, i: int) -> int: ...  # without decoding the image
+    def labels(self) -> np.ndarray: ...  # int32 (N,), without decoding images
 
 
 def open_source(spec: str, split: str, canvas: int = 0) -> Source:
@@ -142,8 +143,11 @@ class Rows:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def label_of(self, i: int) -> int:
+        return self.reader.label_of(self.start + i)
+
     def labels(self) -> np.ndarray:
-        return np.array([self.reader.label_of(row) for row in range(self.start, self.stop)], np.int32)
+        return np.array([self.label_of(i) for i in range(len(self))], np.int32)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
@@ -158,6 +162,29 @@ class Rows:
                 )
             image = center_square(image, self.canvas)
         return {"image": image, "label": np.int32(label), "index": np.int32(i)}
+
+
+@dataclasses.dataclass
+class Subset:
+    """Some rows of a source, in the given order: itself a `Source`."""
+
+    source: Source
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.num_classes, self.image_shape = self.source.num_classes, self.source.image_shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def labels(self) -> np.ndarray:
+        return np.array([self.label_of(i) for i in range(len(self))], np.int32)
+
+    def label_of(self, i: int) -> int:
+        return self.source.label_of(int(self.rows[i]))
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.source[int(self.rows[i])], "index": np.int32(i)}
 
 
 def center_square(image: np.ndarray, side: int) -> np.ndarray:

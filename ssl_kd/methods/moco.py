@@ -7,7 +7,7 @@ import jax
 
 from ssl_kd.losses import contrast_logits, info_nce, normalize
 from ssl_kd.memory import Queue, random_unit_rows
-from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant
+from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,9 @@ class MoCo:
     """Rows K of the queue, images."""
     momentum: float = 0.999
     """Of the key network, a step."""
+
+    def __post_init__(self):
+        require_ranges(self, above_zero=("temperature", "queue"), unit=("momentum",))
 
     trained = ("student",)
     frozen = ()

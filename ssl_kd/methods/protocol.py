@@ -1,7 +1,8 @@
 """What a method is to the rest of the program: roles, views and three pure functions."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -96,7 +97,7 @@ class Method(Protocol):
     def views(self) -> Mapping[str, View]: ...
 
     def init(self, key: jax.Array, dims: Mapping[str, int]) -> Memory:
-        """The memory of step 0; `dims` is each network's embedding width."""
+        """The memory of step 0; `dims` is each network's embedding width. Raises ValueError if they do not fit."""
         ...
 
     def loss(self, nets: Any, views: Mapping[str, jax.Array], memory: Memory, ctx: Context) -> tuple[jax.Array, Aux]:
@@ -111,3 +112,18 @@ class Method(Protocol):
 def constant(value: float) -> Schedule:
     """The schedule that stays at `value`."""
     return lambda progress: value
+
+
+def require_ranges(
+    method: Any, above_zero: Sequence[str] = (), unit: Sequence[str] = (), not_negative: Sequence[str] = ()
+) -> None:
+    """Raises ValueError for the first field outside its range: finite and above 0, within [0, 1], or not negative."""
+    checks = (
+        (above_zero, lambda v: 0 < v < math.inf, "above 0"),
+        (unit, lambda v: 0 <= v <= 1, "within [0, 1]"),
+        (not_negative, lambda v: 0 <= v < math.inf, "0 or more"),
+    )
+    for names, holds, rule in checks:
+        for name in names:
+            if not holds(getattr(method, name)):
+                raise ValueError(f"method.{name}={getattr(method, name)} must be {rule}")

@@ -26,7 +26,7 @@ from ssl_kd.losses import (
     soft_cross_entropy,
 )
 from ssl_kd.memory import PrototypeBank, Queue, random_unit_rows
-from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant
+from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_ranges
 
 
 class ReKDMemory(struct.PyTreeNode):
@@ -74,6 +74,10 @@ class ReKD:
     evaluated = ("student",)
 
     def __post_init__(self):
+        require_ranges(self, above_zero=("temperature", "queue", "prototypes", "teacher_temperature"))
+        require_ranges(
+            self, unit=("momentum", "prototype_momentum", "alpha", "warmup"), not_negative=("teacher_weight",)
+        )
         if self.knowledge == "response" and self.teacher == "self":
             raise ValueError("method.knowledge='response' needs a teacher: set method.teacher to 'online' or 'frozen'")
         if self.miner == "neighbour" and not self.threshold and not 0 < self.neighbours <= self.queue:
@@ -114,6 +118,11 @@ class ReKD:
         return self.teacher == "online" or self.miner in ("neighbour", "soft") or self.knowledge == "response"
 
     def init(self, key: jax.Array, dims: Mapping[str, int]) -> ReKDMemory:
+        if self.knowledge == "response" and dims["student"] != dims["teacher"]:
+            raise ValueError(
+                "method.knowledge='response' compares embeddings of equal width, but "
+                f"student.dim={dims['student']} and teacher.dim={dims['teacher']}: set them alike"
+            )
         unknown = jnp.full((self.queue,), -1, jnp.int32)
         rows = {"key": random_unit_rows(key, "key", self.queue, dims["student"]), "filled": unknown, "label": unknown}
         teacher_dim = dims["student" if self.teacher == "self" else "teacher"]
@@ -224,7 +233,7 @@ def relation_health(relation: jax.Array, label: jax.Array, queue_label: jax.Arra
 
     Returns:
       positives: effective number of positives an anchor (perplexity of its weights; the count when they are equal).
-      relation_precision: −1 where there are no positives with known labels.
+      relation_precision: NaN where there are no positives with known labels.
     """
     weight = relation.astype(jnp.float32)
     total = jnp.sum(weight, axis=1)
@@ -234,7 +243,7 @@ def relation_health(relation: jax.Array, label: jax.Array, queue_label: jax.Arra
     agree = jnp.sum(weight * (label[:, None] == queue_label[None]) * (label >= 0)[:, None])
     return {
         "positives": jnp.mean(jnp.where(total > 0, perplexity, 0)),
-        "relation_precision": jnp.where(known > 0, agree / jnp.maximum(known, 1e-30), -1.0),
+        "relation_precision": jnp.where(known > 0, agree / known, jnp.nan),
     }
 
 

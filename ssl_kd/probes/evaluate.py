@@ -15,6 +15,8 @@ from ssl_kd.probes.health import health
 from ssl_kd.probes.knn import knn
 from ssl_kd.probes.linear import linear_probe
 
+RAW_SIZE = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
@@ -23,33 +25,16 @@ class Labelled:
     Attributes:
       images: uint8 (N, H, W, 3) array, or a source of such images.
       labels: int32 (N,), −1 unknown.
-      num_classes: 0 when there are no labels.
+      num_classes: 0 when there are no labels, or not for all.
     """
 
     images: Any
     labels: np.ndarray
     num_classes: int
 
-    def head(self, count: int) -> "Labelled":
-        """The first `count` images."""
-        if count >= len(self.labels):
-            return self
-        images = self.images[:count] if isinstance(self.images, np.ndarray) else Head(self.images, count)
-        return Labelled(images, self.labels[:count], self.num_classes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """The first `count` items of a source."""
-
-    source: Any
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[index]
+    def __post_init__(self) -> None:
+        if np.any(self.labels < 0):
+            object.__setattr__(self, "num_classes", 0)
 
 
 def preprocess(images: jax.Array, size: int) -> jax.Array:
@@ -74,8 +59,11 @@ def pooled_features(spec: NetworkSpec, size: int, norm: str = "running") -> Call
 
 
 def raw_pixels(images: jax.Array) -> jax.Array:
-    """uint8 (B, H, W, 3) → (B, H·W·3) float32: the baseline that needs no network."""
-    return images.reshape(images.shape[0], -1).astype(jnp.float32) / 255
+    """uint8 (B, H, W, 3) → (B, h·w·3) float32, at most 32 × 32 pixels: the baseline that needs no network."""
+    x = images.astype(jnp.float32) / 255
+    if max(x.shape[1:3]) > RAW_SIZE:
+        x = jax.image.resize(x, (x.shape[0], RAW_SIZE, RAW_SIZE, 3), "bilinear")
+    return x.reshape(x.shape[0], -1)
 
 
 def evaluate(
@@ -91,7 +79,7 @@ def evaluate(
     """kNN, linear probe and health of the features that `apply` gives; accuracies in [0, 1]. Features are made once."""
     test_x = extract(apply, test.images, batch_size=batch_size, mesh=mesh)
     result: dict[str, float] = dict(health(test_x))
-    if not train.num_classes:
+    if not (train.num_classes and test.num_classes):
         return result
     train_x = extract(apply, train.images, batch_size=batch_size, mesh=mesh)
     classes = train.num_classes

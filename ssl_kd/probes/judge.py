@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,10 +12,11 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.tree_util import Partial
 
-from ssl_kd.data.sources import Source, arrays, open_source
+from ssl_kd.data.sources import Source, Subset, arrays, open_source
 from ssl_kd.errors import UserError
+from ssl_kd.models import init_network
 from ssl_kd.probes.evaluate import Labelled, batch_calibrated, evaluate, pooled_features, raw_pixels
-from ssl_kd.state import State
+from ssl_kd.state import State, stream
 from ssl_kd.trained import load_network
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 PROBE_BYTES = 2 << 30
 """Largest decoded set that probes keep in host memory."""
 
+CALIBRATION_IMAGES = 512
+"""Batch whose statistics a randomly initialised network takes."""
+
 
 class Judge:
     """The probes of a run: a quick kNN while it trains, everything at the end."""
@@ -29,48 +35,52 @@ class Judge:
     def __init__(self, run: Run):
         self.run = run
         self.role = run.recipe.method.evaluated[0]
-        spec, size = run.recipe.specs[self.role], run.config.image_size
-        self.apply, self.size = pooled_features(spec, size), size
-        self._sets: tuple[Labelled, Labelled] | None = None
+        self.apply = pooled_features(run.recipe.specs[self.role], run.config.image_size)
 
-    @property
-    def sets(self) -> tuple[Labelled, Labelled]:
-        if self._sets is None:
-            self._sets = labelled(self.run.train), labelled(self.run.test)
-        return self._sets
+    @functools.cached_property
+    def quick_sets(self) -> tuple[Labelled, Labelled]:
+        few = self.run.config.probe.knn_bank
+        return labelled(self.run.train, few), labelled(self.run.test, few)
 
     def variables(self, state: State) -> dict[str, Any]:
         return {"params": {**state.trained, **state.averaged}[self.role], "batch_stats": state.batch_stats[self.role]}
 
-    def measure(self, apply, train: Labelled, *, linear: bool) -> dict[str, float]:
+    def measure(self, apply: Partial, sets: tuple[Labelled, Labelled], *, linear: bool) -> dict[str, float]:
         c = self.run.config.probe
-        return evaluate(
-            apply, train, self.sets[1], ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh
-        )
+        return evaluate(apply, *sets, ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh)
 
     def quick(self, state: State) -> dict[str, float]:
-        """kNN against a part of the training images, and signs of collapse."""
-        bank = self.sets[0].head(self.run.config.probe.knn_bank)
-        return self.measure(Partial(self.apply, self.variables(state)), bank, linear=False)
+        """kNN of some test images among some training images, and signs of collapse."""
+        return self.measure(Partial(self.apply, self.variables(state)), self.quick_sets, linear=False)
 
     def final(self, state: State) -> dict[str, Any]:
         """The trained network, raw pixels and the network's random weights under the same probes."""
-        train, linear = self.sets[0], self.run.config.probe.linear
-        spec = self.run.recipe.specs[self.role]
-        results = {self.role: self.measure(Partial(self.apply, self.variables(state)), train, linear=linear)}
-        if train.num_classes:
-            results["raw pixels"] = self.measure(raw_pixels, train, linear=linear)
-            fresh = self.variables(self.run.create_now())
-            sample = np.stack([self.run.train[i]["image"] for i in range(min(512, len(self.run.train)))])
-            random = batch_calibrated(spec, fresh, sample, self.size)
-            results["random weights"] = self.measure(Partial(self.apply, random), train, linear=linear)
+        c = self.run.config
+        sets = labelled(self.run.train, c.probe.train_images), labelled(self.run.test)
+        results = {self.role: self.measure(Partial(self.apply, self.variables(state)), sets, linear=c.probe.linear)}
+        if sets[0].num_classes and sets[1].num_classes:
+            results["raw pixels"] = self.measure(Partial(raw_pixels), sets, linear=c.probe.linear)
+            spec = self.run.recipe.specs[self.role]
+            fresh = init_network(spec, stream(c.seed, f"init/{self.role}"), c.image_size)
+            sample, _ = arrays(spread(self.run.train, CALIBRATION_IMAGES))
+            random = Partial(self.apply, batch_calibrated(spec, fresh, sample, c.image_size))
+            results["random weights"] = self.measure(random, sets, linear=c.probe.linear)
         return results
 
 
-def labelled(source: Source) -> Labelled:
-    """A source with its labels; decoded once where the host's memory takes that."""
+def spread(source: Source, count: int) -> Source:
+    """`count` evenly spaced images of a source, because sets may be sorted by class; all, if there are fewer."""
+    if count >= len(source):
+        return source
+    return Subset(source, np.linspace(0, len(source) - 1, count).round().astype(int))
+
+
+def labelled(source: Source, count: int = sys.maxsize) -> Labelled:
+    """`count` spread images with their labels; decoded once where the host's memory takes that."""
+    source = spread(source, count)
     if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
-        return Labelled(*arrays(source), source.num_classes or 0)
+        images, labels = arrays(source)
+        return Labelled(images, labels, source.num_classes or 0)
     return Labelled(source, source.labels(), source.num_classes or 0)
 
 
@@ -86,12 +96,10 @@ def probe_network(
     c = found.config
     spec = source or c.data.source
     train_set = open_source(spec, train or c.data.train, c.data.canvas)
-    if not train_set.num_classes:
-        raise UserError(
-            f"data.source={spec!r} has no labels, so there is nothing to probe: choose a labelled --source."
-        )
     apply = Partial(pooled_features(found.spec, c.image_size), found.variables)
-    sets = labelled(train_set), labelled(open_source(spec, test or c.data.test, c.data.canvas))
+    sets = labelled(train_set, c.probe.train_images), labelled(open_source(spec, test or c.data.test, c.data.canvas))
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    if not (sets[0].num_classes and sets[1].num_classes):
+        raise UserError(f"{spec!r} has unlabelled images, so there is nothing to probe: choose a labelled --source.")
     row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=mesh)
     return {f"{found.role} at step {found.step}": row}

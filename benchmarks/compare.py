@@ -1,0 +1,116 @@
+"""Trains rows of methods × seeds under one protocol and writes the table: kNN, linear, relation precision, wall time.
+
+    python benchmarks/compare.py embedded                          3 seeds, MoCo-v2 and ReKD
+    python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode
+
+Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
+repeated and stopped ones resume. Results go to benchmarks/<protocol>.json and .md, with device, versions and commands.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PROTOCOLS = {
+    "embedded": {
+        "preset": "",
+        "seeds": 3,
+        "rows": {"MoCo-v2": ("moco_v2_alexnet", []), "ReKD": ("rekd_alexnet", [])},
+    },
+    "cifar10": {
+        "preset": ":cifar10",
+        "seeds": 2,
+        "rows": {
+            "MoCo-v2": ("moco_v2_alexnet", []),
+            "ReKD": ("rekd_alexnet", []),
+            "ReKD, neighbour miner": ("rekd_alexnet", ["--config.method.miner=neighbour"]),
+            "ReKD, soft miner": ("rekd_alexnet", ["--config.method.miner=soft"]),
+            "ReKD, self as teacher": ("rekd_alexnet", ["--config.method.teacher=self"]),
+            "teacher alone (MoCo-v2)": ("moco_v2_resnet18", []),
+            "ReKD, frozen teacher": ("rekd_alexnet", ["--config.teacher.source=workdir:{teacher}"]),
+        },
+    },
+}
+
+
+def workdir(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train(protocol: dict, out: Path, name: str, seed: int, extra: list[str]) -> dict:
+    """Runs one cell and returns its results and what the last tenth of training showed."""
+    recipe, options = protocol["rows"][name]
+    where = workdir(out, name, seed)
+    teacher = workdir(out, "teacher alone (MoCo-v2)", seed)
+    command = [
+        "launch/main.py",
+        f"--config=configs/{recipe}.py{protocol['preset']}",
+        f"--config.seed={seed}",
+        f"--workdir={where}",
+        *[option.format(teacher=teacher) for option in options],
+        *extra,
+    ]
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    results = json.loads((where / "results.json").read_text())
+    lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+    precision = [m["relation_precision"] for m in lines if m.get("relation_precision", -1) >= 0]
+    results["relation_precision"] = statistics.mean(precision[-max(1, len(precision) // 10) :]) if precision else None
+    results["command"] = " ".join(["python", *command])
+    results["session"] = json.loads((where / "run.json").read_text())["sessions"][-1]
+    return results
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """mean ± standard deviation over the seeds."""
+    mean = scale * statistics.mean(values)
+    return f"{mean:.1f} ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def markdown(runs: dict[str, list[dict]]) -> str:
+    lines = ["| features | 20-NN | linear | relation precision | minutes |", "|---|---|---|---|---|"]
+    first = next(iter(runs.values()))
+    for baseline in ("raw pixels", "random weights"):
+        rows = [run[baseline] for run in first]
+        lines.append(
+            f"| {baseline} | {spread([r['knn20'] for r in rows])} | {spread([r['linear'] for r in rows])} | | |"
+        )
+    for name, cell in runs.items():
+        precision = [run["relation_precision"] for run in cell if run["relation_precision"] is not None]
+        students = [run["student"] for run in cell]
+        lines.append(
+            f"| {name} | {spread([s['knn20'] for s in students])} | {spread([s['linear'] for s in students])} | "
+            f"{spread(precision) if precision else ''} | {spread([run['seconds'] / 60 for run in cell], 1)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--source", help="data.source, where the preset's is elsewhere")
+    parser.add_argument("--seeds", type=int, help="how many, from 0")
+    parser.add_argument("--out", type=Path, help="where the runs live; default runs/<protocol>")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config override for every row")
+    arguments = parser.parse_args()
+    protocol = PROTOCOLS[arguments.protocol]
+    out = (arguments.out or ROOT / "runs" / f"compare-{arguments.protocol}").absolute()
+    extra = [f"--config.{item}" for item in arguments.set]
+    extra += [f"--config.data.source={arguments.source}"] if arguments.source else []
+    runs: dict[str, list[dict]] = {name: [] for name in protocol["rows"]}
+    for seed in range(arguments.seeds or protocol["seeds"]):
+        for name in protocol["rows"]:
+            runs[name].append(train(protocol, out, name, seed, extra))
+    target = ROOT / "benchmarks" / arguments.protocol
+    target.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(runs))
+    print(markdown(runs))
+
+
+if __name__ == "__main__":
+    main()
