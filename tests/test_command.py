@@ -12,6 +12,12 @@ from ssl_kd import command
 from ssl_kd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config.data.train=train[:256]",
+    "--config.data.test=test[:100]",
+    "--config.epochs=1",
+    "--config.log_every=2",
+]
 RECIPE = f"--config={ROOT}/configs/rekd_alexnet.py"
 
 
@@ -88,7 +94,7 @@ def test_main_exits_2_with_the_sentence_alone(tmp_path):
 
 
 def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(tmp_path):
-    done = main(f"{RECIPE}:smoke", "--dry_run", cwd=tmp_path)
+    done = main(f"{RECIPE}:smoke", *SMALL, "--dry_run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("student", "teacher_momentum", "parameters", "MiB", "GFLOP", "min at"):
         assert word in done.stdout
@@ -97,11 +103,11 @@ def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(tmp_path):
 
 def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
     """What CI and the notebook run, as a user would."""
-    done = main(f"{RECIPE}:smoke", "--config.epochs=0.5", "--workdir=run", cwd=tmp_path)
+    done = main(f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("raw pixels", "random weights", "linear", "run/checkpoints", "Next: python launch/"):
         assert word in done.stdout
-    again = main(f"{RECIPE}:smoke", "--config.epochs=0.5", "--workdir=run", cwd=tmp_path)
+    again = main(f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
     assert again.returncode == 0 and "is done" in again.stdout
     env = {**os.environ, "XLA_FLAGS": ""}
     probe = subprocess.run(
@@ -113,4 +119,4 @@ def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
         timeout=300,
     )
     assert probe.returncode == 0, probe.stderr
-    assert "teacher at step 8" in probe.stdout
+    assert "teacher at step 4" in probe.stdout

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from runs import prepared
 
 from configs import base
 from ssl_kd import checkpoint, train
@@ -23,7 +24,7 @@ from ssl_kd.trained import load, load_network
 
 
 def final_state(workdir: Path) -> State:
-    run = prepare(runs.config(), workdir)
+    run = prepared(runs.config(), workdir)
     return Checkpoints(workdir).restore(abstract(run.create, run.replicated), 12)
 
 
@@ -35,7 +36,7 @@ def metrics(workdir: Path) -> list[dict]:
 def finished(tmp_path_factory) -> Path:
     """The work directory of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    fit(prepare(runs.config(), workdir))
+    fit(prepared(runs.config(), workdir))
     return workdir
 
 
@@ -43,6 +44,15 @@ def finished(tmp_path_factory) -> Path:
 def copy(finished, tmp_path) -> Path:
     """A finished run a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_run_on_eight_devices_ends_where_one_does(finished, tmp_path):
+    fit(prepare(runs.config(epochs=0.5), tmp_path / "eight"))
+    one, eight = (
+        [m["loss"] for m in metrics(w) if m["step"] <= 3 and "loss" in m] for w in (finished, tmp_path / "eight")
+    )
+    np.testing.assert_allclose(one[0], eight[0], rtol=1e-4)
+    assert len(eight) == 3
 
 
 def test_a_run_leaves_its_record_metrics_and_results(finished):
@@ -79,7 +89,7 @@ def test_killed_at_every_point_it_ends_bit_identical(finished, tmp_path):
 @pytest.mark.parametrize("moment", ["device_get", "write"])
 def test_sigterm_saves_first_and_the_same_command_goes_on(moment, finished, tmp_path, monkeypatch):
     """The signal comes while the host waits for the device, or while it writes: where a run spends its time."""
-    run = prepare(runs.config(), tmp_path / "run")
+    run = prepared(runs.config(), tmp_path / "run")
     owner, calls = {"device_get": (train.jax, []), "write": (train.Metrics, [])}[moment]
     original = getattr(owner, moment)
 
@@ -97,7 +107,7 @@ def test_sigterm_saves_first_and_the_same_command_goes_on(moment, finished, tmp_
     saved = Checkpoints(run.workdir).latest
     assert saved is not None and 4 <= saved < 12
     assert max(m["step"] for m in metrics(run.workdir)) == saved
-    fit(prepare(runs.config(), run.workdir))
+    fit(prepared(runs.config(), run.workdir))
     assert array_digest(final_state(run.workdir)) == array_digest(final_state(finished))
 
 
@@ -109,24 +119,24 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def test_a_finished_run_is_left_alone(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    results = fit(prepare(runs.config(), finished))
+    results = fit(prepared(runs.config(), finished))
     assert results == json.loads((finished / "results.json").read_text())
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
 def test_other_settings_are_refused_with_the_differing_keys(copy):
     with pytest.raises(UserError, match=r"optim.lr \(0.5 there, 0.25 now\)"):
-        fit(prepare(runs.config(**{"optim.lr": 0.25}), copy))
+        fit(prepared(runs.config(**{"optim.lr": 0.25}), copy))
 
 
 def test_settings_outside_the_mathematics_may_change(copy):
     (copy / "results.json").unlink()
-    results = fit(prepare(runs.config(log_every=7, **{"data.resident": "off", "probe.knn": (3,)}), copy))
+    results = fit(prepared(runs.config(log_every=7, **{"data.resident": "off", "probe.knn": (3,)}), copy))
     assert "knn3" in results["student"]
 
 
 def test_streaming_trains_exactly_as_resident(finished, tmp_path):
-    fit(prepare(runs.config(**{"data.resident": "off"}), tmp_path / "run"))
+    fit(prepared(runs.config(**{"data.resident": "off"}), tmp_path / "run"))
     assert array_digest(final_state(tmp_path / "run")) == array_digest(final_state(finished))
 
 
@@ -136,20 +146,20 @@ def test_a_damaged_checkpoint_is_one_sentence(copy):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/12 cannot be read .* delete that folder") as error:
-        fit(prepare(runs.config(), copy))
+        fit(prepared(runs.config(), copy))
     assert "\n" not in str(error.value)
     shutil.rmtree(copy / "checkpoints" / "12")
-    fit(prepare(runs.config(), copy))  # the remedy works
+    fit(prepared(runs.config(), copy))  # the remedy works
 
 
 def test_an_unwritable_workdir_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --workdir"):
-        fit(prepare(runs.config(), tmp_path / "file" / "run"))
+        fit(prepared(runs.config(), tmp_path / "file" / "run"))
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(copy, monkeypatch):
-    run = prepare(runs.config(), copy)
+    run = prepared(runs.config(), copy)
     checkpoints = Checkpoints(copy, keep=2)
 
     def full(*_, **__):
@@ -167,16 +177,16 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(copy, monk
 def test_a_diverged_run_stops_with_the_step_and_can_be_replayed(tmp_path):
     config = runs.config(**{"optim.lr": 1e30})
     with pytest.raises(UserError, match=r"the loss or a gradient of step \d+ is not finite"):
-        fit(prepare(config, tmp_path))
+        fit(prepared(config, tmp_path))
     replay = json.loads((tmp_path / "nonfinite.json").read_text())
     assert (tmp_path / "checkpoints" / str(replay["step"])).is_dir()
     with pytest.raises(UserError, match=f"step {replay['step'] + 1} is not finite"):
-        fit(prepare(config, tmp_path))
+        fit(prepared(config, tmp_path))
 
 
 def test_a_frozen_teacher_comes_from_a_run_and_its_digest_is_recorded(finished, tmp_path):
     config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
-    run = prepare(config, tmp_path)
+    run = prepared(config, tmp_path)
     assert run.recipe.method.teacher == "frozen"
     assert run.recipe.specs["teacher"] == load_network(finished).spec  # architecture as trained, not as configured
     fit(run)
@@ -187,15 +197,15 @@ def test_a_frozen_teacher_comes_from_a_run_and_its_digest_is_recorded(finished, 
 def test_another_teacher_is_refused(finished, copy, tmp_path):
     config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
     workdir = tmp_path / "student"
-    fit(prepare(config, workdir))
+    fit(prepared(config, workdir))
     shutil.rmtree(copy / "checkpoints" / "12")  # its newest is now step 9: other weights
     config.teacher.source = f"workdir:{copy}"
     with pytest.raises(UserError, match=r"teacher\.digest"):
-        fit(prepare(config, workdir))
+        fit(prepared(config, workdir))
 
 
 def test_a_student_may_start_from_a_run(finished, tmp_path):
-    run = prepare(runs.config(**{"student.source": f"workdir:{finished}"}), tmp_path)
+    run = prepared(runs.config(**{"student.source": f"workdir:{finished}"}), tmp_path)
     started = jax.device_get(run.create_now())
     found = load_network(finished)
     assert array_digest(started.trained["student"]) == array_digest(found.variables["params"])
@@ -245,7 +255,7 @@ def test_load_names_what_is_missing(finished, tmp_path):
 def test_a_damaged_record_is_one_sentence(copy, text):
     (copy / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json"):
-        fit(prepare(runs.config(), copy))
+        fit(prepared(runs.config(), copy))
     with pytest.raises(UserError, match=r"run\.json"):
         load(copy)
 
@@ -256,7 +266,7 @@ def test_a_student_of_another_image_size_is_refused(tmp_path):
         c.student = base.network("alexnet", width=0.02, dim=8)
         return c
 
-    fit(prepare(config(28), tmp_path / "run"))
+    fit(prepared(config(28), tmp_path / "run"))
     other = config(20)
     other.student.source = f"workdir:{tmp_path / 'run'}"
     with pytest.raises(UserError, match=r"image_size=28.*image_size=20"):
@@ -273,5 +283,5 @@ def test_unlabelled_data_trains_and_reports_health_only(tmp_path, monkeypatch):
         return source
 
     monkeypatch.setattr(train, "open_source", unlabelled)
-    results = fit(prepare(runs.config(epochs=0.5), tmp_path))
+    results = fit(prepared(runs.config(epochs=0.5), tmp_path))
     assert set(results["student"]) == {"feature_std", "effective_rank"}
