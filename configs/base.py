@@ -57,8 +57,8 @@ def get_config() -> ConfigDict:
     c.probe = ConfigDict()
     c.probe.every_epochs = 5.0  # between kNN probes while training; 0 = only at the end
     c.probe.knn = (10, 20, 200)  # k of weighted kNN
-    c.probe.knn_bank = 2000  # training (and test) images of the kNN probe while training, evenly spaced
-    c.probe.train_images = 128_000  # training images of the final probes, evenly spaced; all, if there are fewer
+    c.probe.knn_bank = 2000  # training (and test) images of the kNN probe while training, chosen at random
+    c.probe.train_images = 128_000  # training images of the final probes, chosen at random; all, if there are fewer
     c.probe.linear = True  # linear probe at the end
     c.probe.batch_size = 256  # images a forward
     return c
@@ -101,7 +101,7 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
         c.data.update(source="tfds:imagenet2012", test="validation", canvas=256, workers=16)
         c.compute_dtype = "bfloat16"
         return
-    c.epochs, c.image_size, c.batch_size = 30.0, 28, 128
+    c.epochs, c.image_size, c.batch_size = 10.0, 28, 128
     c.augment = augmentation("grey", crop_scale=(0.3, 1.0))
     c.student.width = 0.5
     c.method.update(queue=2048, momentum=0.99)

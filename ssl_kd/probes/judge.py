@@ -62,22 +62,22 @@ class Judge:
             results["raw pixels"] = self.measure(Partial(raw_pixels), sets, linear=c.probe.linear)
             spec = self.run.recipe.specs[self.role]
             fresh = init_network(spec, stream(c.seed, f"init/{self.role}"), c.image_size)
-            sample, _ = arrays(spread(self.run.train, CALIBRATION_IMAGES))
-            random = Partial(self.apply, batch_calibrated(spec, fresh, sample, c.image_size))
+            images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
+            random = Partial(self.apply, batch_calibrated(spec, fresh, images, c.image_size))
             results["random weights"] = self.measure(random, sets, linear=c.probe.linear)
         return results
 
 
-def spread(source: Source, count: int) -> Source:
-    """`count` evenly spaced images of a source, because sets may be sorted by class; all, if there are fewer."""
+def sample(source: Source, count: int) -> Source:
+    """A fixed random choice of `count` images, because sets may be sorted by class; all, if there are fewer."""
     if count >= len(source):
         return source
-    return Subset(source, np.linspace(0, len(source) - 1, count).round().astype(int))
+    return Subset(source, np.sort(np.random.default_rng(0).choice(len(source), count, replace=False)))
 
 
 def labelled(source: Source, count: int = sys.maxsize) -> Labelled:
-    """`count` spread images with their labels; decoded once where the host's memory takes that."""
-    source = spread(source, count)
+    """`count` of the images with their labels; decoded once where the host's memory takes that."""
+    source = sample(source, count)
     if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
         images, labels = arrays(source)
         return Labelled(images, labels, source.num_classes or 0)
