@@ -5,6 +5,7 @@ float32 and passes `precision=HIGHEST` to its similarity products, because TPUs 
 Embeddings called q, k, t, u are L2-normalised rows unless a docstring says otherwise.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +26,7 @@ def normalize(x: jax.Array) -> jax.Array:
 
 def similarity(a: jax.Array, b: jax.Array) -> jax.Array:
     """Inner products of the rows of `a` (B, d) with the rows of `b` (N, d): (B, N), at least float32."""
+    chex.assert_rank([a, b], 2)
     return jnp.matmul(promote(a), promote(b).T, precision=HIGHEST)
 
 
@@ -39,12 +41,14 @@ def contrast_logits(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: f
     Returns:
       (B, 1 + K); column 0 is the image's own key.
     """
+    chex.assert_equal_shape([q, k])
     own = jnp.sum(promote(q) * promote(k), axis=-1, keepdims=True)
     return jnp.concatenate([own, similarity(q, queue)], axis=1) / temperature
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """−1/B Σ_i Σ_j targets_ij · log softmax(logits_i)_j; both (B, N), target rows summing to 1."""
+    chex.assert_equal_shape([logits, targets])
     return -jnp.mean(jnp.sum(promote(targets) * jax.nn.log_softmax(promote(logits)), axis=1))
 
 

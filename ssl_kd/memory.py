@@ -3,6 +3,7 @@
 import zlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -32,6 +33,7 @@ class Queue(struct.PyTreeNode):
 
     def push(self, rows: dict[str, jax.Array]) -> "Queue":
         """Overwrites the B oldest rows; any K ≥ B, wrapping row by row."""
+        chex.assert_equal_shape_prefix(list(rows.values()), 1)
         size, count = next(iter(self.rows.values())).shape[0], next(iter(rows.values())).shape[0]
         where = (self.ptr + jnp.arange(count)) % size
         written = {name: self.rows[name].at[where].set(new, unique_indices=True) for name, new in rows.items()}

@@ -93,10 +93,12 @@ def summarise(run: Run, results: Mapping[str, Any]) -> None:
     c = run.config
     console.print(accuracy_table(results, f"{c.data.source} {c.data.test}: accuracy in %"))
     console.print(f"Trained in {results['seconds'] / 60:.1f} min. Checkpoint: {run.workdir / 'checkpoints'}")
-    following = (
-        f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
-        if "teacher" in run.recipe.method.trained
-        else f"python launch/main.py --config=configs/rekd_alexnet.py{':' * bool(c.preset)}{c.preset} "
-        f"--config.teacher.source=workdir:{run.workdir}"
-    )
+    if "teacher_momentum" in run.recipe.method.averaged:
+        following = f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
+    elif c.method.name == "moco_v2":
+        preset = f":{c.preset}" if c.preset else ""
+        source = f"--config.teacher.source=workdir:{run.workdir}"
+        following = f"python launch/main.py --config=configs/rekd_alexnet.py{preset} {source}"
+    else:
+        following = f"python launch/evaluate.py --workdir={run.workdir} --network=student_momentum"
     console.print(f"Next: {following}")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ssl_kd.checkpoint import Checkpoints, array_digest, read_json
 from ssl_kd.errors import UserError
 from ssl_kd.models import NetworkSpec
-from ssl_kd.probes.evaluate import pooled_features
+from ssl_kd.models.embed import pooled_features
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import abstract, create_state
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_kd.models import Network, NetworkSpec
-from ssl_kd.models.layers import BatchNorm
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.health import health
 from ssl_kd.probes.knn import knn
@@ -35,27 +33,6 @@ class Labelled:
     def __post_init__(self) -> None:
         if np.any(self.labels < 0):
             object.__setattr__(self, "num_classes", 0)
-
-
-def preprocess(images: jax.Array, size: int) -> jax.Array:
-    """uint8 (B, H, W, 3) → float32 (B, size, size, 3) in [0, 1]: the centre of larger images, smaller ones enlarged."""
-    _, height, width, _ = images.shape
-    top, left = max(0, height - size) // 2, max(0, width - size) // 2
-    x = images[:, top : top + min(height, size), left : left + min(width, size)].astype(jnp.float32) / 255
-    return x if x.shape[1:3] == (size, size) else jax.image.resize(x, (x.shape[0], size, size, 3), "bilinear")
-
-
-def pooled_features(spec: NetworkSpec, size: int, norm: str = "running") -> Callable[[Any, jax.Array], jax.Array]:
-    """Pure function (variables, uint8 images) → pooled features (B, D) float32."""
-    network = Network(spec)
-
-    def apply(variables: Any, images: jax.Array) -> jax.Array:
-        features, _ = network.apply(
-            variables, preprocess(images, size), norm=norm, method="features", mutable=["batch_stats"]
-        )
-        return features.pooled.astype(jnp.float32)
-
-    return apply
 
 
 def raw_pixels(images: jax.Array) -> jax.Array:
@@ -89,17 +66,3 @@ def evaluate(
         probe = linear_probe(train_x, train.labels, test_x, test.labels, num_classes=classes)
         result |= {"linear": probe.accuracy, "linear_lr": probe.lr, "linear_weight_decay": probe.weight_decay}
     return result
-
-
-def batch_calibrated(spec: NetworkSpec, variables: Any, images: np.ndarray, size: int) -> Any:
-    """Variables whose running statistics are those of one batch: a random network's fair chance as a baseline.
-
-    Running statistics move as r ← a r + (1 − a) b, so b follows from the statistics before and after one batch.
-    """
-    network = Network(dataclasses.replace(spec, bn_groups=1))
-    _, after = network.apply(
-        variables, preprocess(jnp.asarray(images), size), norm="batch", method="features", mutable=["batch_stats"]
-    )
-    a = BatchNorm.momentum
-    stats = jax.tree.map(lambda r, new: (new - a * r) / (1 - a), variables["batch_stats"], after["batch_stats"])
-    return {**variables, "batch_stats": stats}

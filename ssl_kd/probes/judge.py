@@ -15,7 +15,8 @@ from jax.tree_util import Partial
 from ssl_kd.data.sources import Source, Subset, arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.models import init_network
-from ssl_kd.probes.evaluate import Labelled, batch_calibrated, evaluate, pooled_features, raw_pixels
+from ssl_kd.models.embed import batch_calibrated, pooled_features
+from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
 from ssl_kd.state import State, stream
 from ssl_kd.trained import load_network
 
