@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from ml_collections import ConfigDict, config_flags
 from ssl_kd.errors import UserError
 from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
 
-CUDA_INSTALL = 'pip install -U "jax[cuda12]"'
+CUDA_INSTALL = 'pip install -U "jax[cuda12]>=0.10,<0.11"'
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses the command line and runs a launcher; a UserError becomes its sentence on stderr and exit status 2."""
     try:
         parse()
-        _set_up_jax()
+        set_up_jax()
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,10 +66,10 @@ def parse() -> None:
         raise UserError(f"{rest[0]!r} is not a flag: write overrides as --config.key=value.")
 
 
-def _set_up_jax() -> None:
+def set_up_jax() -> None:
     """Keeps compiled programs between runs, and says so once if a GPU lies idle."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ssl_kd" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
-        warnings.warn(f"an NVIDIA GPU is visible but jax runs on the CPU: install {CUDA_INSTALL}", stacklevel=2)
+        print(f"warning: an NVIDIA GPU is visible but jax runs on the CPU: {CUDA_INSTALL}", file=sys.stderr)

@@ -74,8 +74,8 @@ class Run:
         )
 
     def create_now(self) -> State:
-        """`create` on the mesh. It runs once, so that compiling it well would cost more than it saves."""
-        options = {"xla_backend_optimization_level": 0}
+        """`create` on the mesh. It runs once, so that on the CPU compiling it well costs more than it saves."""
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         return jax.jit(self.create, out_shardings=self.replicated, compiler_options=options)()
 
     def frozen(self) -> dict[str, Any]:

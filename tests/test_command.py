@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
@@ -71,6 +72,16 @@ def test_the_workdir_is_named_after_recipe_preset_and_overrides(config, parse):
     one, two = (workdir(f"{RECIPE}:smoke", f"--config.seed={seed}") for seed in (1, 2))
     assert one != two and one.startswith("runs/rekd_alexnet-smoke-")
     assert one == workdir(f"{RECIPE}:smoke", "--config.seed=1")
+
+
+def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
+    cache = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
+    command.set_up_jax()
+    assert jax.config.jax_compilation_cache_dir == cache  # the environment's choice stands
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and command.CUDA_INSTALL in warning
+    assert command.CUDA_INSTALL in (ROOT / "README.md").read_text()
 
 
 def main(*arguments, cwd):
