@@ -27,7 +27,7 @@ from ssl_kd.models import init_network
 from ssl_kd.probes.judge import Judge
 from ssl_kd.recipe import Recipe, identity, make_recipe
 from ssl_kd.state import State, abstract, create_state, stream
-from ssl_kd.step import make_train_step
+from ssl_kd.step import TrainStep
 from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
 
 IN_FLIGHT = 3
@@ -85,7 +85,7 @@ class Run:
 
     def train_step(self):
         r = self.recipe
-        return make_train_step(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh)
+        return TrainStep(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh).jit()
 
     @functools.cached_property
     def resident(self) -> bool:

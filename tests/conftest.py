@@ -25,7 +25,7 @@ from ssl_kd.models import MODELS, init_network
 from ssl_kd.models.resnet import ResNet
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import create_state, stream
-from ssl_kd.step import make_train_step
+from ssl_kd.step import TrainStep
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,7 +72,7 @@ class Rig:
             }
         )
         self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
-        self.step = make_train_step(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh)
+        self.step = TrainStep(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh).jit()
 
     def put(self, tree):
         return jax.device_put(tree, self.replicated)

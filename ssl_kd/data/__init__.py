@@ -1,1 +1,1 @@
-"""Images in: where they come from (`sources`) and how they reach the mesh, batch by batch (`loader`)."""
+"""Images in: storage formats (`readers`), what a run sees (`sources`), and batches on the mesh (`loader`)."""

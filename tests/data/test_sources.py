@@ -1,5 +1,6 @@
 """The embedded set, parquet directories as Hugging Face writes them, prepared TFDS sets, and every bad input."""
 
+import gc
 import io
 import json
 import pickle
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ssl_kd.data import sources
+from ssl_kd.data.readers import ParquetReader
 from ssl_kd.data.sources import arrays, open_source
 from ssl_kd.errors import UserError
 
@@ -165,7 +166,7 @@ def test_parquet_files_and_row_groups_in_order(tmp_path, folder):
 def test_parquet_cache_of_one_group_and_pickling(tmp_path, monkeypatch):
     images = noise(20, 6, 6)
     write_parquet(tmp_path / "train.parquet", [encode(image) for image in images])
-    monkeypatch.setattr(sources.ParquetReader, "CACHE_BYTES", 1)
+    monkeypatch.setattr(ParquetReader, "CACHE_BYTES", 1)
     source = open_source(f"hf:{tmp_path}", "train[2:]")
     for i in np.random.default_rng(1).permutation(18):
         np.testing.assert_array_equal(source[i]["image"], images[i + 2])
@@ -313,6 +314,8 @@ def test_empty_set(tmp_path):
 
 
 def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
+    # While TFDS imports itself lazily nothing else may import: finalise what grain's workers left behind before.
+    gc.collect()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
