@@ -61,7 +61,7 @@ def test_a_frozen_teacher_is_never_written_and_not_in_the_state():
 
 @pytest.mark.parametrize(
     ("variant", "groups"),
-    [("moco_v2", 1), ("rekd-balanced", 8), ("rekd-neighbour", 8)],
+    [("rekd-balanced", 8), ("rekd-neighbour", 1)],
 )
 def test_one_device_equals_eight(variant, groups):
     """With groups the keys are shuffled across devices."""
@@ -77,14 +77,13 @@ def test_one_device_equals_eight(variant, groups):
     assert worst(a.memory, b.memory) < 2e-4
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_accumulation_equals_one_batch_with_as_many_times_the_groups(groups):
+def test_accumulation_equals_one_batch_with_as_many_times_the_groups():
     def config(accum, bn_groups):
         c = tiny_config("rekd")
         c.optim.accum, c.bn_groups = accum, bn_groups
         return c
 
-    split, whole = Rig(config(2, groups)), Rig(config(1, 2 * groups))
+    split, whole = Rig(config(2, 2)), Rig(config(1, 4))
     for rig in (split, whole):  # shuffled keys mix the micro-batches, so the two differ by design
         object.__setattr__(rig.recipe.step, "shuffle_keys", False)
     (a, metrics_a), (b, metrics_b) = split.run(2), whole.run(2)
