@@ -86,8 +86,9 @@ class Bar:
             BarColumn(),
             TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
+            TextColumn("+"),
+            TimeRemainingColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=not self._live,
         )

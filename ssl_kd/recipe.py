@@ -18,7 +18,6 @@ from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS, Method
 from ssl_kd.models import MODELS, NetworkSpec
 from ssl_kd.optim import make_optimizer, warmup_cosine
-from ssl_kd.step import StepConfig
 
 FREE_KEYS = (
     "name",
@@ -42,14 +41,32 @@ SMALL_IMAGE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A config made into objects; everything but the images and the state."""
+    """A config made into objects; everything but the images and the state.
+
+    Attributes:
+      specs: architecture of every network, averaged ones included.
+      rate: learning rate of a step.
+      augmentations: views' presets by name.
+      seed: of all random streams.
+      image_size: side of every view, pixels.
+      steps_per_epoch, total_steps: lengths of an epoch and of the run.
+      accum: micro-batches an optimizer step is split into.
+      shuffle_keys: whether views that ask for it are made from a shuffled batch (pointless with one batch-norm group).
+      max_nonfinite: refused steps tolerated before the state halts; see `ssl_kd.step.TrainStep`.
+    """
 
     method: Method
     specs: Mapping[str, NetworkSpec]
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
     augmentations: Mapping[str, Augmentation]
-    step: StepConfig
+    seed: int
+    image_size: int
+    steps_per_epoch: int
+    total_steps: int
+    accum: int
+    shuffle_keys: bool
+    max_nonfinite: int
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -168,7 +185,16 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     o = config.optim
     rate = warmup_cosine(o.lr * b / 256, total, round(o.warmup_epochs * per_epoch))
     optimizer = make_optimizer(o.name, rate, weight_decay=o.weight_decay, decay=o.decay, momentum=o.momentum)
-    step = StepConfig(
+    try:
+        default = Augmentation(**config.augment)
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
+    return Recipe(
+        method=method,
+        specs=specs,
+        optimizer=optimizer,
+        rate=rate,
+        augmentations={**PRESETS, "default": default},
         seed=config.seed,
         image_size=config.image_size,
         steps_per_epoch=per_epoch,
@@ -177,11 +203,6 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         shuffle_keys=config.bn_groups > 1,
         max_nonfinite=config.max_nonfinite,
     )
-    try:
-        default = Augmentation(**config.augment)
-    except (IndexError, TypeError, ValueError) as error:
-        raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
-    return Recipe(method, specs, optimizer, rate, {**PRESETS, "default": default}, step)
 
 
 def one_of(key: str, value: Any, choices: Any) -> None:

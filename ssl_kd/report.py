@@ -35,7 +35,7 @@ def matmul_rate(dtype: Any, size: int = 2048, seconds: float = 0.5) -> float:
 
 def estimate(run: Run) -> None:
     """Prints parameters, memory and time of a run without training a step. Compiles the step, for its memory."""
-    c, step = run.config, run.recipe.step
+    c, r = run.config, run.recipe
     state = abstract(run.create, run.replicated)
     networks = Table(title="networks")
     for column in ("name", "architecture", "parameters", "role"):
@@ -56,10 +56,10 @@ def estimate(run: Run) -> None:
     # The compiler counts one device's share, and the body of the loop over micro-batches once.
     flops = (compiled.cost_analysis() or {}).get("flops", math.nan) * c.optim.accum
     rate = matmul_rate(jnp.dtype(c.compute_dtype))
-    seconds = step.total_steps * flops / (rate * ASSUMED_UTILISATION)
+    seconds = r.total_steps * flops / (rate * ASSUMED_UTILISATION)
     rows = {
-        "images": f"{len(run.train):,} × {run.train.image_shape}, {step.steps_per_epoch} steps an epoch",
-        "steps": f"{step.total_steps:,} of {c.batch_size} images",
+        "images": f"{len(run.train):,} × {run.train.image_shape}, {r.steps_per_epoch} steps an epoch",
+        "steps": f"{r.total_steps:,} of {c.batch_size} images",
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
         "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",

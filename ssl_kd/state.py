@@ -10,8 +10,8 @@ import optax
 from flax import struct
 
 from ssl_kd.memory import Memory
-from ssl_kd.methods import Method
-from ssl_kd.models import NetworkSpec, init_network
+from ssl_kd.models import init_network
+from ssl_kd.recipe import Recipe
 
 
 class State(struct.PyTreeNode):
@@ -46,24 +46,17 @@ def abstract(create: Callable[[], State], sharding: jax.sharding.Sharding) -> St
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(create))
 
 
-def create_state(
-    method: Method,
-    specs: Mapping[str, NetworkSpec],
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    image_size: int,
-    pretrained: Mapping[str, Any] | None = None,
-) -> State:
+def create_state(recipe: Recipe, pretrained: Mapping[str, Any] | None = None) -> State:
     """The state of step 0; every network starts from its own initialisers, averages as a copy of their source.
 
     Args:
       pretrained: variables {'params', 'batch_stats'} of trained networks that start from a file instead.
     """
-    variables = {
-        name: (pretrained or {}).get(name) or init_network(specs[name], stream(seed, f"init/{name}"), image_size)
-        for name in method.trained
-    }
+    method, specs = recipe.method, recipe.specs
+    variables = dict(pretrained or {})
+    for name in method.trained:
+        if name not in variables:
+            variables[name] = init_network(specs[name], stream(recipe.seed, f"init/{name}"), recipe.image_size)
     for name, (source, _) in method.averaged.items():
         variables[name] = jax.tree.map(jnp.copy, variables[source])  # donated buffers must not alias
     trained = {name: variables[name]["params"] for name in method.trained}
@@ -72,7 +65,7 @@ def create_state(
         nonfinite=jnp.zeros((), jnp.int32),
         trained=trained,
         averaged={name: variables[name]["params"] for name in method.averaged},
-        batch_stats={name: v.get("batch_stats", {}) for name, v in variables.items()},
-        opt=optimizer.init(trained),
-        memory=method.init(stream(seed, "memory"), {name: spec.dim for name, spec in specs.items()}),
+        batch_stats={name: variables[name].get("batch_stats", {}) for name in (*method.trained, *method.averaged)},
+        opt=recipe.optimizer.init(trained),
+        memory=method.init(stream(recipe.seed, "memory"), {name: spec.dim for name, spec in specs.items()}),
     )

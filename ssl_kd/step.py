@@ -10,36 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssl_kd.augment import Augmentation, augment
-from ssl_kd.methods import Context, Method
-from ssl_kd.models import Networks, NetworkSpec
+from ssl_kd.augment import augment
+from ssl_kd.methods import Context
+from ssl_kd.models import Networks
 from ssl_kd.optim import moving_average
+from ssl_kd.recipe import Recipe
 from ssl_kd.state import State, stream
 
 Batch = Mapping[str, jax.Array]
 """'index' (B,) int32; and 'image' (B, H, W, 3) uint8, 'label' (B,) int32 unless the data set is resident."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """The constants of a step that belong to no method, network or optimizer.
-
-    Attributes:
-      seed: of all random streams.
-      image_size: side of every view, pixels.
-      steps_per_epoch, total_steps: lengths of an epoch and of the run.
-      accum: micro-batches an optimizer step is split into.
-      shuffle_keys: whether views that ask for it are made from a shuffled batch (pointless with one batch-norm group).
-      max_nonfinite: refused steps tolerated before the state halts; see `TrainStep`.
-    """
-
-    seed: int
-    image_size: int
-    steps_per_epoch: int
-    total_steps: int
-    accum: int = 1
-    shuffle_keys: bool = False
-    max_nonfinite: int = 0
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -58,12 +37,7 @@ class TrainStep:
     stays exactly the one from before the step that failed, to be saved and replayed.
     """
 
-    method: Method
-    specs: Mapping[str, NetworkSpec]
-    optimizer: optax.GradientTransformation
-    rate: optax.Schedule
-    augmentations: Mapping[str, Augmentation]
-    config: StepConfig
+    recipe: Recipe
     mesh: jax.sharding.Mesh
 
     def jit(self) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
@@ -75,13 +49,14 @@ class TrainStep:
         if data is not None:
             index = batch["index"]
             batch = self.shard({"image": data["image"][index], "label": data["label"][index], "index": index})
-        whole = self.accumulate(state, frozen, batch) if self.config.accum > 1 else self.micro(state, frozen, batch, 0)
+        r = self.recipe
+        whole = self.accumulate(state, frozen, batch) if r.accum > 1 else self.micro(state, frozen, batch, 0)
         (loss, (push, metrics, batch_stats)), grads = whole
-        updates, opt = self.optimizer.update(grads, state.opt, state.trained)
+        updates, opt = r.optimizer.update(grads, state.opt, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         averaged = {}
-        for name, (source, schedule) in self.method.averaged.items():
-            m = schedule(state.step / self.config.total_steps)
+        for name, (source, schedule) in r.method.averaged.items():
+            m = schedule(state.step / r.total_steps)
             averaged[name] = moving_average(state.averaged[name], trained[source], m)
         new = State(
             step=state.step + 1,
@@ -90,14 +65,14 @@ class TrainStep:
             averaged=averaged,
             batch_stats=batch_stats,
             opt=opt,
-            memory=self.method.update(state.memory, push, self.context(state, batch, self.config.accum)),
+            memory=r.method.update(state.memory, push, self.context(state, batch, r.accum)),
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(push)
         new = self.refuse_unless(finite, new, state)
         metrics = {
             "loss": loss,
-            "lr": self.rate(state.step),
+            "lr": r.rate(state.step),
             "grad_norm": grad_norm,
             "nonfinite": new.nonfinite,
             **metrics,
@@ -108,8 +83,8 @@ class TrainStep:
         """((loss, (push, metrics, batch_stats)), grads) of micro-batch `number`, by the memory from before the step."""
         count = batch["index"].shape[0]
         order = inverse = None
-        if self.config.shuffle_keys:
-            key = jax.random.fold_in(stream(self.config.seed, "shuffle", state.step), number)
+        if self.recipe.shuffle_keys:
+            key = jax.random.fold_in(stream(self.recipe.seed, "shuffle", state.step), number)
             order = jax.random.permutation(key, count)
             inverse = jnp.argsort(order)
         views = self.views(state.step, batch["image"], number * count + jnp.arange(count), order)
@@ -118,7 +93,7 @@ class TrainStep:
 
     def accumulate(self, state: State, frozen, batch: Batch):
         """As `micro` on the whole batch: means over the micro-batches, pushes concatenated in order."""
-        split = jax.tree.map(lambda x: x.reshape(self.config.accum, -1, *x.shape[1:]), dict(batch))
+        split = jax.tree.map(lambda x: x.reshape(self.recipe.accum, -1, *x.shape[1:]), dict(batch))
         split = self.shard(split, None, "data")
 
         def body(total, item):
@@ -127,8 +102,8 @@ class TrainStep:
             return jax.tree.map(jnp.add, total, (loss, stats, grads)), (push, metrics)
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.batch_stats, state.trained))
-        total, (push, metrics) = jax.lax.scan(body, zero, (jnp.arange(self.config.accum), split))
-        loss, stats, grads = jax.tree.map(lambda x: x / self.config.accum, total)
+        total, (push, metrics) = jax.lax.scan(body, zero, (jnp.arange(self.recipe.accum), split))
+        loss, stats, grads = jax.tree.map(lambda x: x / self.recipe.accum, total)
         push = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), push)
         # A metric is NaN where a micro-batch has nothing to measure.
         metrics = jax.tree.map(jnp.nanmean, metrics)
@@ -137,16 +112,16 @@ class TrainStep:
     def views(self, step: jax.Array, images: jax.Array, row: jax.Array, order: jax.Array | None):
         """Name → float32 views (B, S, S, 3) of uint8 images; `row` numbers the images within the whole batch."""
         views = {}
-        for name, view in self.method.views.items():
+        for name, view in self.recipe.method.views.items():
             source, number = images, row
             if view.shuffled and order is not None:
                 # uint8 images and row numbers are permuted before augmentation: an image keeps its own key. Unless
                 # told, the compiler leaves the permuted rows, and so this view's networks, whole on every device.
                 source, number = self.shard((images[order], row[order]))
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(self.config.seed, f"augment/{name}", step), number)
-            order_key = stream(self.config.seed, f"jitter order/{name}", step)
-            spec = self.augmentations[view.preset]
-            views[name] = augment(source, keys, order_key, spec, self.config.image_size)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(self.recipe.seed, f"augment/{name}", step), number)
+            order_key = stream(self.recipe.seed, f"jitter order/{name}", step)
+            spec = self.recipe.augmentations[view.preset]
+            views[name] = augment(source, keys, order_key, spec, self.recipe.image_size)
         return views
 
     def loss(self, trained, state: State, frozen, views, ctx: Context):
@@ -155,7 +130,7 @@ class TrainStep:
             "params": {**trained, **state.averaged, **{n: v["params"] for n, v in frozen.items()}},
             "batch_stats": {**state.batch_stats, **{n: v["batch_stats"] for n, v in frozen.items()}},
         }
-        run = nn.apply(self.method.loss, Networks(self.specs), mutable=["batch_stats"])
+        run = nn.apply(self.recipe.method.loss, Networks(self.recipe.specs), mutable=["batch_stats"])
         (loss, aux), updates = run(variables, views, state.memory, ctx)
         # A frozen network's running statistics stay what they were, whatever its mode.
         batch_stats = {name: updates["batch_stats"].get(name, old) for name, old in state.batch_stats.items()}
@@ -164,9 +139,9 @@ class TrainStep:
     def context(self, state: State, batch: Batch, number, inverse: jax.Array | None = None) -> Context:
         return Context(
             step=state.step,
-            epoch=state.step / self.config.steps_per_epoch,
-            progress=state.step / self.config.total_steps,
-            key=jax.random.fold_in(stream(self.config.seed, "method", state.step), number),
+            epoch=state.step / self.recipe.steps_per_epoch,
+            progress=state.step / self.recipe.total_steps,
+            key=jax.random.fold_in(stream(self.recipe.seed, "method", state.step), number),
             index=batch["index"],
             label=batch["label"],
             inverse=inverse,
@@ -174,9 +149,9 @@ class TrainStep:
 
     def refuse_unless(self, finite: jax.Array, new: State, old: State) -> State:
         """The new state if it is finite and the run has not halted; else the old one, with the refusal counted."""
-        halted = old.nonfinite > self.config.max_nonfinite
+        halted = old.nonfinite > self.recipe.max_nonfinite
         nonfinite = old.nonfinite + (~finite & ~halted)
-        refused = old.replace(step=old.step + (nonfinite <= self.config.max_nonfinite), nonfinite=nonfinite)
+        refused = old.replace(step=old.step + (nonfinite <= self.recipe.max_nonfinite), nonfinite=nonfinite)
         return jax.tree.map(lambda a, b: jnp.where(finite & ~halted, a, b), new, refused)
 
     def shard(self, tree: Any, *axes: str | None) -> Any:

@@ -62,16 +62,7 @@ class Run:
 
     def create(self) -> State:
         """The state of step 0. Traceable."""
-        variables = {role: network.variables for role, network in self.pretrained.items()}
-        r = self.recipe
-        return create_state(
-            r.method,
-            r.specs,
-            r.optimizer,
-            seed=self.config.seed,
-            image_size=self.config.image_size,
-            pretrained=variables,
-        )
+        return create_state(self.recipe, {role: network.variables for role, network in self.pretrained.items()})
 
     def create_now(self) -> State:
         """`create` on the mesh. It runs once, so that on the CPU compiling it well costs more than it saves."""
@@ -84,8 +75,7 @@ class Run:
         return jax.device_put(variables, self.replicated)
 
     def train_step(self):
-        r = self.recipe
-        return TrainStep(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh).jit()
+        return TrainStep(self.recipe, self.mesh).jit()
 
     @functools.cached_property
     def resident(self) -> bool:
@@ -177,7 +167,7 @@ def fit(run: Run) -> dict[str, Any]:
       UserError: for a work directory of another run, a damaged checkpoint, a full disk, or a diverged run.
       SystemExit: with 128 + the signal's number after SIGTERM or Ctrl-C; the state is saved first.
     """
-    config, total = run.config, run.recipe.step.total_steps
+    config, total = run.config, run.recipe.total_steps
     record_path, results_path = run.workdir / "run.json", run.workdir / "results.json"
     record, finished = read_json(record_path), read_json(results_path)
     with closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
@@ -198,7 +188,7 @@ def fit(run: Run) -> dict[str, Any]:
                 with Interruption() as interruption:
                     state = loop(run, state, start, checkpoints, metrics, judge, interruption)
             checkpoints.wait()
-            console.print(f"Trained in {metrics.seconds / 60:.1f} min. Probing …")
+            console.print(f"Trained in {metrics.seconds / 60:.1f} min.")
             results = judge.final(state) | {"step": total, "seconds": metrics.seconds}
             write_json(results_path, results)
             metrics.write(total, {f"final/{k}": v for k, v in results[judge.role].items()})
@@ -215,8 +205,7 @@ def loop(
     interruption: "Interruption",
 ) -> State:
     """The steps from `start` to the end; the host only sends row numbers and reads metrics that are already there."""
-    c, step_config = run.config, run.recipe.step
-    total, per_epoch = step_config.total_steps, step_config.steps_per_epoch
+    c, total, per_epoch = run.config, run.recipe.total_steps, run.recipe.steps_per_epoch
     save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
     probe_every = max(1, round(c.probe.every_epochs * per_epoch)) if c.probe.every_epochs else 0
     loader, train_step, frozen = run.loader(), run.train_step(), run.frozen()
@@ -228,7 +217,7 @@ def loop(
         nonlocal began
         step, values = flying.popleft()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        if values["nonfinite"] > step_config.max_nonfinite:
+        if values["nonfinite"] > c.max_nonfinite:
             diverged(run, state, checkpoints)
         now = time.monotonic() - paused
         began = now if math.isnan(began) else began  # the first step's compilation is no speed

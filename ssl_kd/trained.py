@@ -1,7 +1,6 @@
 """Trained networks out of a work directory: frozen teachers, probes, and `ssl_kd.load` for everybody else."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -68,11 +67,9 @@ def load_network(workdir: str | Path, role: str = "", step: int | None = None) -
     role = role or recipe.method.evaluated[0]
     if role not in known:
         raise UserError(f"the run in {workdir} has no network {role!r}: choose one of {', '.join(known)}.")
-    create = functools.partial(
-        create_state, recipe.method, recipe.specs, recipe.optimizer, seed=config.seed, image_size=config.image_size
-    )
     with closing(Checkpoints(workdir)) as checkpoints:
-        state = checkpoints.restore(abstract(create, SingleDeviceSharding(jax.local_devices()[0])), step)
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        state = checkpoints.restore(abstract(lambda: create_state(recipe), here), step)
     variables = {
         "params": {**state.trained, **state.averaged}[role],
         "batch_stats": state.batch_stats[role],

@@ -73,17 +73,13 @@ class Rig:
             }
         )
         self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
-        self.step = TrainStep(r.method, r.specs, r.optimizer, r.rate, r.augmentations, r.step, self.mesh).jit()
+        self.step = TrainStep(r, self.mesh).jit()
 
     def put(self, tree):
         return jax.device_put(tree, self.replicated)
 
     def create(self):
-        r = self.recipe
-        make = functools.partial(
-            create_state, r.method, r.specs, r.optimizer, seed=self.config.seed, image_size=self.config.image_size
-        )
-        return jax.jit(make, out_shardings=self.replicated)()
+        return jax.jit(lambda: create_state(self.recipe), out_shardings=self.replicated)()
 
     def batch(self, step: int):
         order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data["label"]))

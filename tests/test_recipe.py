@@ -28,10 +28,7 @@ def test_every_recipe_builds(name, preset):
     assert (config.name, config.preset) == (name, preset)
     recipe = make_recipe(config, 1_281_167)
 
-    def create():
-        return create_state(recipe.method, recipe.specs, recipe.optimizer, seed=0, image_size=config.image_size)
-
-    state = jax.eval_shape(create)
+    state = jax.eval_shape(lambda: create_state(recipe))
     assert set(state.trained) == set(recipe.method.trained)
     nets = Networks(recipe.specs)
     for role in recipe.method.trained:

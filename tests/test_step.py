@@ -83,7 +83,7 @@ def test_accumulation_equals_one_batch_with_as_many_times_the_groups():
 
     split, whole = Rig(config(2, 2)), Rig(config(1, 4))
     for rig in (split, whole):  # shuffled keys mix the micro-batches, so the two differ by design
-        object.__setattr__(rig.recipe.step, "shuffle_keys", False)
+        object.__setattr__(rig.recipe, "shuffle_keys", False)
     (a, metrics_a), (b, metrics_b) = split.run(2), whole.run(2)
     np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
     assert worst(a.trained, b.trained) < 2e-4
@@ -94,7 +94,7 @@ def test_accumulation_equals_one_batch_with_as_many_times_the_groups():
 def test_shuffled_keys_come_back_in_order():
     """With running statistics out of the picture (one group) a shuffle must change nothing at all."""
     plain, shuffled = Rig(tiny_config("moco_v2")), Rig(tiny_config("moco_v2"))
-    object.__setattr__(shuffled.recipe.step, "shuffle_keys", True)
+    object.__setattr__(shuffled.recipe, "shuffle_keys", True)
     (a, metrics_a), (b, metrics_b) = plain.run(2), shuffled.run(2)
     np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
     assert worst(a.memory, b.memory) < 1e-4
@@ -104,7 +104,7 @@ def test_groups_and_shuffle_each_change_the_statistics():
     config = tiny_config("moco_v2")
     config.bn_groups = 4
     shuffled, grouped = Rig(config), Rig(config)
-    object.__setattr__(grouped.recipe.step, "shuffle_keys", False)
+    object.__setattr__(grouped.recipe, "shuffle_keys", False)
     losses = [rig.run(1)[1][0]["loss"] for rig in (shuffled, grouped, rig_of("moco_v2"))]
     assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
 

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 
 from ssl_kd.data.sources import Source, Subset, arrays, open_source
 from ssl_kd.errors import UserError
+from ssl_kd.log import console
 from ssl_kd.models import init_network
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
@@ -58,15 +59,21 @@ class Judge:
         """The trained network, raw pixels and the network's random weights under the same probes."""
         c = self.run.config
         sets = labelled(self.run.train, c.probe.train_images), labelled(self.run.test)
-        results = {self.role: self.measure(Partial(self.apply, self.variables(state)), sets, linear=c.probe.linear)}
+        features = {self.role: lambda: Partial(self.apply, self.variables(state))}
         if sets[0].num_classes and sets[1].num_classes:
-            results["raw pixels"] = self.measure(Partial(raw_pixels), sets, linear=c.probe.linear)
-            spec = self.run.recipe.specs[self.role]
-            fresh = init_network(spec, stream(c.seed, f"init/{self.role}"), c.image_size)
-            images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
-            random = Partial(self.apply, batch_calibrated(spec, fresh, images, c.image_size))
-            results["random weights"] = self.measure(random, sets, linear=c.probe.linear)
+            features |= {"raw pixels": lambda: Partial(raw_pixels), "random weights": self.random_features}
+        results = {}
+        for name, apply in features.items():
+            console.print(f"Probing {name} …")
+            results[name] = self.measure(apply(), sets, linear=c.probe.linear)
         return results
+
+    def random_features(self) -> Partial:
+        """The evaluated network with the weights the run began with, its batch-norm fitted to a few images."""
+        c, spec = self.run.config, self.run.recipe.specs[self.role]
+        fresh = init_network(spec, stream(c.seed, f"init/{self.role}"), c.image_size)
+        images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
+        return Partial(self.apply, batch_calibrated(spec, fresh, images, c.image_size))
 
 
 def sample(source: Source, count: int) -> Source:
