@@ -72,7 +72,7 @@ class TrainStep:
         new = self.refuse_unless(finite, new, state)
         metrics = {
             "loss": loss,
-            "lr": r.rate(state.step),
+            "lr": r.rate(state.step - state.nonfinite),  # optax counts the updates made
             "grad_norm": grad_norm,
             "nonfinite": new.nonfinite,
             **metrics,

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config
 
@@ -152,6 +153,22 @@ def test_tolerated_non_finite_steps_are_skipped():
     assert [m["nonfinite"] for m in metrics] == [1, 2, 2]  # one is skipped, the second halts
     assert after.step == 1
     assert worst(before.memory, after.memory) == 0 and worst(before.opt, after.opt) == 0
+
+
+def test_the_rate_after_a_skipped_step_is_the_one_the_optimizer_used():
+    config = tiny_config("moco_v2")
+    config.max_nonfinite = 1
+    rig = Rig(config)
+    healthy = jax.device_get(rig.create())
+    skipped, _ = rig.run(1, rig.put(healthy.replace(trained=jax.tree.map(lambda x: x * jnp.nan, healthy.trained))))
+    before = rig.put(jax.device_get(skipped.replace(trained=healthy.trained, opt=healthy.opt)))
+    after, metrics = rig.run(1, before)
+    # The first update of SGD with momentum is −lr · (gradient + decay · parameter), whatever the step is called.
+    change = jax.tree.map(lambda a, b: a - b, healthy.trained, jax.device_get(after.trained))
+    trace = jax.device_get(optax.tree.get(after.opt, "trace"))
+    lr = metrics[0]["lr"]
+    assert after.step == 2 and lr == float(rig.recipe.rate(0)) != float(rig.recipe.rate(1))
+    assert worst(jax.tree.map(lambda t: lr * t, trace), change) < 1e-4
 
 
 def test_bfloat16_computes_close_to_float32_and_keeps_parameters_float32():
