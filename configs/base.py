@@ -115,5 +115,5 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
         c.method.queue, c.probe.every_epochs, c.log_every = 256, 1.0, 5
     if preset == "cifar10":
         c.data.update(source="hf:data/cifar10", train="train[:10000]")
-        c.image_size = 32
+        c.epochs, c.image_size, c.student.width = 16.0, 32, 0.25
         c.augment = augmentation("small")

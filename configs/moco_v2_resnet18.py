@@ -16,5 +16,5 @@ def get_config(preset: str = ""):
     c.bn_groups = 8
     base.apply_preset(c, preset)
     if preset != "imagenet":
-        c.student.update(stem="small_s2", width=0.125 if preset == "smoke" else 0.5)
+        c.student.stem = "small_s2"
     return c

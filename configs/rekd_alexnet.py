@@ -21,8 +21,6 @@ def get_config(preset: str = ""):
     c.bn_groups = 8  # of 32 images, with shuffled keys, as the 8-GPU references
     base.apply_preset(c, preset)
     if preset != "imagenet":
-        c.teacher = base.network("resnet18", width=0.5, stem="small_s2")
+        c.teacher = base.network("resnet18", width=c.student.width, stem="small_s2")
         c.method.prototypes = 100
-    if preset == "smoke":
-        c.teacher.width = 0.125
     return c

@@ -1,7 +1,6 @@
 """A run on one screen: what it will cost before it starts, and what it reached."""
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from ssl_kd.bench import matmul_rate
 from ssl_kd.log import console
 from ssl_kd.state import abstract
 from ssl_kd.train import Run
@@ -19,18 +19,6 @@ ASSUMED_UTILISATION = 0.4
 
 def tree_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def matmul_rate(dtype: Any, size: int = 2048, seconds: float = 0.5) -> float:
-    """Measured FLOP/s of square matrix products on one device."""
-    a = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda a: a @ a / size)
-    multiply(a).block_until_ready()
-    count, began = 0, time.monotonic()
-    while time.monotonic() - began < seconds:
-        a = multiply(a).block_until_ready()
-        count += 1
-    return 2 * size**3 * count / (time.monotonic() - began)
 
 
 def estimate(run: Run) -> None:
@@ -72,6 +60,34 @@ def estimate(run: Run) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def bench_table(figures: Mapping[str, Any]) -> Table:
+    """What `ssl_kd.bench.bench` measured, for people."""
+    f = figures
+    total = sum(part["seconds"] for part in f["parts"].values() if part["counted"])
+    table = Table(title=f"{f['recipe']} · batch {f['batch_size']} · {f['compute_dtype']} · {f['device']}")
+    table.add_column("part of the step")
+    for column in ("ms", "share", "GFLOP", "% of matmul rate", "% of copy rate"):
+        table.add_column(column, justify="right")
+
+    def add(name: str, row: Mapping[str, float], share: str) -> None:
+        rates = (f"{100 * row[key]:.0f}" for key in ("of_matmul_rate", "of_copy_rate"))
+        table.add_row(name, f"{1e3 * row['seconds']:.2f}", share, f"{row['flops'] / 1e9:.2f}", *rates)
+
+    for name, row in f["parts"].items():
+        add(name, row, f"{100 * row['seconds'] / total:.0f} %" if row["counted"] else "")
+    table.add_section()
+    add("whole step", f["whole"], f"{100 * f['whole']['seconds'] / total:.0f} %")
+    limit = "" if f["resident"] else f" · the host reads {f['host_images_per_second']:,.0f} images/s"
+    table.caption = (
+        f"{f['images_per_second']:,.0f} images/s{limit} · limit: {f['limit']}\n"
+        f"{f['steps']:,} steps: {f['hours']:.2f} hours · peak memory {f['peak_bytes'] / 2**30:.2f} GiB\n"
+        f"compiles in {f['compile_seconds']:.1f} s, from the cache in {f['compile_cached_seconds']:.1f} s\n"
+        f"here: {f['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s matmul, "
+        f"{f['copy_bytes_per_second'] / 1e9:,.1f} GB/s copy"
+    )
+    return table
 
 
 def accuracy_table(results: Mapping[str, Any], title: str) -> Table:

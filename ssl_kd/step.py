@@ -52,12 +52,7 @@ class TrainStep:
         r = self.recipe
         whole = self.accumulate(state, frozen, batch) if r.accum > 1 else self.micro(state, frozen, batch, 0)
         (loss, (push, metrics, batch_stats)), grads = whole
-        updates, opt = r.optimizer.update(grads, state.opt, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        averaged = {}
-        for name, (source, schedule) in r.method.averaged.items():
-            m = schedule(state.step / r.total_steps)
-            averaged[name] = moving_average(state.averaged[name], trained[source], m)
+        trained, averaged, opt = self.advance(state, grads)
         new = State(
             step=state.step + 1,
             nonfinite=state.nonfinite,
@@ -78,6 +73,16 @@ class TrainStep:
             **metrics,
         }
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+    def advance(self, state: State, grads) -> tuple[Any, Any, optax.OptState]:
+        """(trained, averaged, opt) after one optimizer step; the averages follow the new parameters."""
+        updates, opt = self.recipe.optimizer.update(grads, state.opt, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        averaged = {}
+        for name, (source, schedule) in self.recipe.method.averaged.items():
+            m = schedule(state.step / self.recipe.total_steps)
+            averaged[name] = moving_average(state.averaged[name], trained[source], m)
+        return trained, averaged, opt
 
     def micro(self, state: State, frozen, batch: Batch, number):
         """((loss, (push, metrics, batch_stats)), grads) of micro-batch `number`, by the memory from before the step."""
@@ -126,15 +131,19 @@ class TrainStep:
 
     def loss(self, trained, state: State, frozen, views, ctx: Context):
         """The method's loss as a function of the trained parameters; the other networks are constants."""
-        variables = {
-            "params": {**trained, **state.averaged, **{n: v["params"] for n, v in frozen.items()}},
-            "batch_stats": {**state.batch_stats, **{n: v["batch_stats"] for n, v in frozen.items()}},
-        }
+        variables = self.variables(trained, state, frozen)
         run = nn.apply(self.recipe.method.loss, Networks(self.recipe.specs), mutable=["batch_stats"])
         (loss, aux), updates = run(variables, views, state.memory, ctx)
         # A frozen network's running statistics stay what they were, whatever its mode.
         batch_stats = {name: updates["batch_stats"].get(name, old) for name, old in state.batch_stats.items()}
         return loss, (aux.push, aux.metrics, batch_stats)
+
+    def variables(self, trained, state: State, frozen) -> dict[str, Any]:
+        """The variables of all networks: 'params' and 'batch_stats', each network → tree."""
+        return {
+            "params": {**trained, **state.averaged, **{n: v["params"] for n, v in frozen.items()}},
+            "batch_stats": {**state.batch_stats, **{n: v["batch_stats"] for n, v in frozen.items()}},
+        }
 
     def context(self, state: State, batch: Batch, number, inverse: jax.Array | None = None) -> Context:
         return Context(

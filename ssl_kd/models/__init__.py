@@ -3,8 +3,9 @@
 Only this package and one `nn.apply` in `step.py` know flax.linen.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,6 +88,33 @@ class Networks(nn.Module):
     def setup(self) -> None:
         for name, spec in self.specs.items():
             setattr(self, name, Network(spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneCall:
+    """One forward of a backbone within a loss: whose, on what, with which statistics, and what came out."""
+
+    network: str
+    images: jax.Array
+    norm: str
+    features: Features
+
+
+@contextlib.contextmanager
+def backbone_calls(features: Sequence[Features] | None = None) -> Generator[list[BackboneCall]]:
+    """Lists the backbone calls of `Networks` made inside, in order; with `features` they stand in for the calls."""
+    calls: list[BackboneCall] = []
+
+    def intercept(function, args, kwargs, context):
+        path = context.module.path
+        if context.method_name != "__call__" or len(path) != 2 or path[1] != "backbone":
+            return function(*args, **kwargs)
+        out = function(*args, **kwargs) if features is None else features[len(calls)]
+        calls.append(BackboneCall(path[0], args[0], kwargs["norm"], out))
+        return out
+
+    with nn.intercept_methods(intercept):
+        yield calls
 
 
 def init_network(spec: NetworkSpec, key: jax.Array, image_size: int) -> dict[str, Any]:
