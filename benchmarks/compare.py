@@ -33,6 +33,10 @@ PROTOCOLS = {
             "ReKD, self as teacher": ("rekd_alexnet", ["--config.method.teacher=self"]),
             "teacher alone (MoCo-v2)": ("moco_v2_resnet18", ["--config.epochs=40"]),  # as long as the online runs take
             "ReKD, frozen teacher": ("rekd_alexnet", ["--config.teacher.source=workdir:{teacher}"]),
+            "ReKD, frozen teacher, soft miner": (
+                "rekd_alexnet",
+                ["--config.teacher.source=workdir:{teacher}", "--config.method.miner=soft"],
+            ),
         },
     },
 }
