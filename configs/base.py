@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.epochs = 200.0  # passes over data.train
     c.image_size = 224  # side of a training view, pixels
 
-    # Images. source: 'embedded' | 'hf:DIRECTORY' (Hugging Face parquet) | 'tfds:NAME'.
+    # Images. source: 'embedded' | 'hf:DIRECTORY' (Hugging Face parquet) | 'tfds:NAME' | 'synthetic:SIDExCOUNT' (noise).
     c.data = ConfigDict()
     c.data.source = "embedded"
     c.data.train = "train"  # split; slices as 'train[:10000]' or 'train[:10%]'

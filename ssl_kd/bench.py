@@ -100,7 +100,7 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
     pieces = {"augmentation": compile_part(make_views, state.step, images, times=r.accum)}
     views = pieces["augmentation"].call()
     variables = step.variables(state.trained, state, frozen)
-    calls = listed_calls(step, state, frozen, views, step.context(state, batch, 0, order))
+    calls = listed_calls(step, state, frozen, views, batch, order)
     for (network, norm, x, _), times in Counter(calls).items():
         name = network if [c[0] for c in set(calls)].count(network) == 1 else f"{network} {x.shape[1]} px {norm}"
         trained = network in r.method.trained
@@ -142,19 +142,21 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
     return pieces
 
 
-def listed_calls(step: TrainStep, state: State, frozen: Any, views: Any, context: Any) -> list[tuple[Any, ...]]:
+def listed_calls(
+    step: TrainStep, state: State, frozen: Any, views: Any, batch: Any, order: jax.Array | None
+) -> list[tuple[Any, ...]]:
     """(network, norm, images, features) of every backbone call of the loss, arrays as hashable shapes."""
     found: list[tuple[Any, ...]] = []
 
     def shape(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    def trace(trained):
+    def trace(state, frozen, views):
         with backbone_calls() as calls:
-            step.loss(trained, state, frozen, views, context)
+            step.loss(state.trained, state, frozen, views, step.context(state, batch, 0, order))
         found.extend((c.network, c.norm, shape(c.images), jax.tree.map(shape, c.features)) for c in calls)
 
-    jax.eval_shape(trace, state.trained)
+    jax.eval_shape(trace, state, frozen, views)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Storage formats: the embedded set, Hugging Face parquet directories, prepared TFDS sets.
+"""Storage formats: the embedded set, Hugging Face parquet directories, prepared TFDS sets; and noise.
 
 A *reader* knows one of them: `len(reader)` and `reader.read(row) -> (uint8 (h, w, 3), label)`. Readers are picklable
 and reopen their files lazily.
@@ -9,6 +9,7 @@ import io
 import json
 import re
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -307,4 +308,37 @@ class TfdsReader:
         return f"row {row} of tfds:{self.name} {self.split}"
 
 
-READERS: dict[str, Callable[[str, str], Reader]] = {"embedded": EmbeddedReader, "hf": ParquetReader, "tfds": TfdsReader}
+# --- synthetic ----------------------------------------------------------------------------------------------------
+
+
+class SyntheticReader:
+    """Noise, for timing without a data set: 'synthetic:64x10000' is 10 000 images of 64 px; row r has label r % 10."""
+
+    num_classes: int | None = 10
+
+    def __init__(self, name: str, split: str) -> None:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+        if not match:
+            raise UserError(f"data source 'synthetic:{name}' is not SIDExCOUNT, as synthetic:64x10000")
+        self.side, self.count, self.split = int(match[1]), int(match[2]), split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, row: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng([zlib.crc32(self.split.encode()), row])
+        return rng.integers(0, 256, (self.side, self.side, 3), np.uint8), self.label_of(row)
+
+    def label_of(self, row: int) -> int:
+        return row % 10
+
+    def where(self, row: int) -> str:
+        return f"row {row} of the synthetic {self.split} split"
+
+
+READERS: dict[str, Callable[[str, str], Reader]] = {
+    "embedded": EmbeddedReader,
+    "hf": ParquetReader,
+    "tfds": TfdsReader,
+    "synthetic": SyntheticReader,
+}

@@ -38,7 +38,8 @@ def open_source(spec: str, split: str, canvas: int = 0) -> Source:
 
     Args:
       spec: 'embedded' (Fashion-MNIST subset: 10 000 train, 4 000 test) | 'hf:PATH' (a directory of Hugging Face
-        parquet files) | 'tfds:NAME' (a prepared TensorFlow Datasets set; reading it needs no TensorFlow).
+        parquet files) | 'tfds:NAME' (a prepared TensorFlow Datasets set; reading it needs no TensorFlow) |
+        'synthetic:SIDExCOUNT' (noise, for timing).
       split: a split's name, optionally sliced by rows or percent: 'train', 'train[:10000]', 'train[10%:20%]',
         'test[-500:]'. 'test' means the validation split of a parquet directory that has no test split.
       canvas: side of the square canvas in pixels: each image's shorter side is resized to it by antialiased bilinear
@@ -51,7 +52,9 @@ def open_source(spec: str, split: str, canvas: int = 0) -> Source:
     """
     kind, _, name = spec.partition(":")
     if kind not in READERS or bool(name) != (kind != "embedded"):
-        raise UserError(f"data.source={spec!r} is unknown; use 'embedded', 'hf:PATH' or 'tfds:NAME'")
+        raise UserError(
+            f"data.source={spec!r} is unknown; use 'embedded', 'hf:PATH', 'tfds:NAME' or 'synthetic:SIDExCOUNT'"
+        )
     if canvas < 0:
         raise UserError(f"data.canvas={canvas} must be 0 (the images' own size) or a side in pixels")
     match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)

@@ -129,10 +129,24 @@ def test_bad_slices(split, message):
         open_source("embedded", split)
 
 
-@pytest.mark.parametrize("spec", ["cifar10", "embedded:x", "hf", "hf:", "tfds:", "", "HF:x"])
+@pytest.mark.parametrize("spec", ["cifar10", "embedded:x", "hf", "hf:", "tfds:", "synthetic", "", "HF:x"])
 def test_unknown_spec_lists_the_valid_ones(spec):
-    with pytest.raises(UserError, match=r"'embedded', 'hf:PATH' or 'tfds:NAME'"):
+    with pytest.raises(UserError, match=r"'embedded', 'hf:PATH', 'tfds:NAME' or 'synthetic:SIDExCOUNT'"):
         open_source(spec, "train")
+
+
+def test_synthetic_images_are_functions_of_split_and_row():
+    train, again, test = (open_source("synthetic:6x20", split) for split in ("train", "train[5:]", "test"))
+    assert len(train) == 20 and train.image_shape == (6, 6, 3) and train.num_classes == 10
+    np.testing.assert_array_equal(train[7]["image"], again[2]["image"])
+    assert train[13]["label"] == 3
+    assert (train[7]["image"] != test[7]["image"]).any() and (train[7]["image"] != train[8]["image"]).any()
+
+
+@pytest.mark.parametrize("name", ["64", "64x", "x3", "0x4", "axb"])
+def test_synthetic_needs_side_and_count(name):
+    with pytest.raises(UserError, match="SIDExCOUNT, as synthetic:64x10000"):
+        open_source(f"synthetic:{name}", "train")
 
 
 def test_negative_canvas():
