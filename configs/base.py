@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.student = network("alexnet")
     c.teacher = network("resnet50")
     c.bn_groups = 1  # independent batch-norm groups of a batch; above 1 the key views are shuffled across them
+    c.remat = False  # recompute residual blocks in the backward pass: less memory, more time
     c.compute_dtype = "float32"  # of activations: 'float32' | 'bfloat16'
 
     # The method's own keys are the fields of its dataclass in ssl_kd/methods/, with unit and meaning there.

@@ -109,6 +109,7 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         head_hidden=c.head_hidden,
         dim=c.dim,
         bn_groups=config.bn_groups,
+        remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
     )
     try:

@@ -41,6 +41,7 @@ class NetworkSpec:
       head_hidden: hidden width of the MLP head; 0 = the backbone's feature width (MoCo-v2).
       dim: embedding width.
       bn_groups: independent batch-norm groups of a batch.
+      remat: recompute residual blocks in the backward pass: less memory, about a forward more time.
       dtype: compute dtype; parameters, statistics and embeddings stay float32.
     """
 
@@ -50,10 +51,12 @@ class NetworkSpec:
     head_hidden: int = 0
     dim: int = 128
     bn_groups: int = 1
+    remat: bool = False
     dtype: Any = jnp.float32
 
     def backbone(self) -> nn.Module:
-        return MODELS[self.name](width=self.width, stem=self.stem, bn_groups=self.bn_groups, dtype=self.dtype)
+        make = MODELS[self.name]
+        return make(width=self.width, stem=self.stem, bn_groups=self.bn_groups, remat=self.remat, dtype=self.dtype)
 
 
 class Network(nn.Module):

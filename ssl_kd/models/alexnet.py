@@ -41,6 +41,7 @@ class AlexNet(nn.Module):
     width: float = 1.0
     stem: str = "imagenet"
     bn_groups: int = 1
+    remat: bool = False
     dtype: DTypeLike = jnp.float32
 
     @property
@@ -55,7 +56,7 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, norm: Norm, dropout: bool = False) -> Features:
-        del dropout  # this variant has none
+        del dropout  # this variant has none; nor does remat change it: it has no blocks worth computing twice
         stem = pick_stem(_STEMS, self.stem)
         stages = []
         convs = ((96, stem.kernel), *_CONVS)

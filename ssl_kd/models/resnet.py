@@ -41,7 +41,7 @@ class _Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, norm: Norm) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: Norm) -> jax.Array:
         features = self.planes * _EXPANSION[self.kind]
         conv = partial(Conv, dtype=self.dtype)
         batch_norm = partial(BatchNorm, groups=self.bn_groups, dtype=self.dtype)
@@ -78,6 +78,7 @@ class ResNet(nn.Module):
     width: float = 1.0
     stem: str = "imagenet"
     bn_groups: int = 1
+    remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
     zero_init_residual: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -103,10 +104,11 @@ class ResNet(nn.Module):
         x = nn.relu(BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(x, norm=norm))
         if stem.pool:
             x = max_pool(x, 3, 2, padding=1)
+        block = nn.remat(_Block, static_argnums=(2,)) if self.remat else _Block  # 2 is norm; 0 the module
         stages = []
         for stage, blocks in enumerate(self.stage_sizes):
             for i in range(blocks):
-                x = _Block(
+                x = block(
                     kind=self.block,
                     planes=self._planes(stage),
                     stride=2 if stage > 0 and i == 0 else 1,
@@ -114,7 +116,7 @@ class ResNet(nn.Module):
                     zero_init_residual=self.zero_init_residual,
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_{i}",
-                )(x, norm=norm)
+                )(x, norm)
             stages.append(x)
         pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         return Features(stages=tuple(stages), pooled=pooled)

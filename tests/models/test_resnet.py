@@ -118,6 +118,23 @@ def test_batch_norm_groups_reach_every_layer():
     np.testing.assert_allclose(grouped.pooled, jnp.concatenate(halves), rtol=1e-4, atol=1e-5)
 
 
+def test_remat_computes_more_and_the_same():
+    x = normal((4, 16, 16, 3))
+    variables = variables_of(tiny(), x)
+
+    def compiled(model):
+        def loss(params):
+            features, updates = model.apply({**variables, "params": params}, x, norm="batch", mutable=["batch_stats"])
+            return jnp.sum(features.pooled**2), updates
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"]).compile()
+
+    plain, remat = compiled(tiny()), compiled(tiny(remat=True))
+    assert plain.cost_analysis()["flops"] < remat.cost_analysis()["flops"]
+    for a, b in zip(*(jax.tree.leaves(step(variables["params"])) for step in (plain, remat)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_unknown_stem_is_a_user_error():
     with pytest.raises(UserError, match="imagenet, small, small_s2"):
         _ = ResNet18(stem="cifar").min_size
