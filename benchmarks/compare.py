@@ -1,7 +1,8 @@
 """Trains rows of methods × seeds under one protocol and writes the table: kNN, linear, relation precision, wall time.
 
     python benchmarks/compare.py embedded                          3 seeds, MoCo-v2 and ReKD
-    python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode
+    python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode; 2 cores
+    python benchmarks/compare.py cifar10-full --source=hf:DIRECTORY    3 seeds, the full set; for an accelerator
 
 Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
 repeated and stopped ones resume. Results go to benchmarks/<protocol>.json and .md, with device, versions and commands.
@@ -37,6 +38,22 @@ PROTOCOLS = {
                 "rekd_alexnet",
                 ["--config.teacher.source=workdir:{teacher}", "--config.method.miner=soft"],
             ),
+        },
+    },
+    "cifar10-full": {
+        "preset": ":cifar10",
+        "seeds": 3,
+        "set": [
+            "data.train=train",
+            "epochs=100.0",
+            "batch_size=256",
+            "compute_dtype=bfloat16",
+            "method.queue=16384",
+            "student.width=1.0",
+        ],
+        "rows": {
+            "MoCo-v2": ("moco_v2_alexnet", []),
+            "ReKD": ("rekd_alexnet", ["--config.teacher.width=1.0"]),
         },
     },
 }
@@ -104,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     protocol = PROTOCOLS[arguments.protocol]
     out = (arguments.out or ROOT / "runs" / f"compare-{arguments.protocol}").absolute()
-    extra = [f"--config.{item}" for item in arguments.set]
+    extra = [f"--config.{item}" for item in (*protocol.get("set", ()), *arguments.set)]
     extra += [f"--config.data.source={arguments.source}"] if arguments.source else []
     runs: dict[str, list[dict]] = {name: [] for name in protocol["rows"]}
     for seed in range(arguments.seeds or protocol["seeds"]):

@@ -21,6 +21,13 @@ LOWERED = [
     (2, 7, 6, 3, 5, 3, 1, 1),
     (2, 6, 9, 4, 4, 4, 3, 0),
 ]
+# In eight, four and two parts of the batch, and in one.
+PARTS = [
+    (16, 16, 16, 32, 4, 3, 1, 1),
+    (12, 14, 14, 24, 4, 3, 1, 1),
+    (8, 12, 12, 32, 4, 5, 1, 2),
+    (3, 32, 32, 32, 4, 3, 1, 1),
+]
 PLAIN = [(2, 5, 5, 128, 8, 3, 1, 1), (64, 224, 224, 3, 64, 7, 2, 3)]
 
 
@@ -47,25 +54,45 @@ def primitives(shape, groups=1):
     return str(jaxpr)
 
 
-@pytest.mark.parametrize("shape", LOWERED, ids=str)
-def test_convolution_by_matmul_equals_lax_in_value_and_gradients(shape):
+def assert_equals_lax(shape, groups=1):
+    """In value and both gradients, in float64."""
     batch, height, width, channels, features, k, stride, padding = shape
-    assert "conv_general_dilated" not in primitives(shape)
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x = jnp.asarray(rng.normal(size=(batch, height, width, channels)))
-        kernel = jnp.asarray(rng.normal(size=(k, k, channels, features)))
+        kernel = jnp.asarray(rng.normal(size=(k, k, channels // groups, features)))
 
         @jax.jit
         def values_and_gradients(x, kernel):
-            out, pull = jax.vjp(lambda x, w: convolve(x, w, stride=stride, padding=padding), x, kernel)
-            want, want_pull = jax.vjp(lambda x, w: reference_conv(x, w, stride, padding), x, kernel)
+            out, pull = jax.vjp(lambda x, w: convolve(x, w, stride=stride, padding=padding, groups=groups), x, kernel)
+            want, want_pull = jax.vjp(lambda x, w: reference_conv(x, w, stride, padding, groups), x, kernel)
             cotangent = jnp.sin(jnp.arange(want.size)).reshape(want.shape)
             return (out, *pull(cotangent)), (want, *want_pull(cotangent))
 
         for got, expected in zip(*values_and_gradients(x, kernel), strict=True):
             assert got.shape == expected.shape
-            np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-11)
+            np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", LOWERED, ids=str)
+def test_convolution_by_matmul_equals_lax_in_value_and_gradients(shape):
+    assert "conv_general_dilated" not in primitives(shape)
+    assert_equals_lax(shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8, 8, 3, 1, 1), (2, 9, 8, 6, 6, 5, 2, 2)], ids=str)
+def test_depthwise_convolution_by_shifts_equals_lax_in_value_and_gradients(shape):
+    assert "conv_general_dilated" not in primitives(shape, groups=shape[3])
+    assert_equals_lax(shape, groups=shape[3])
+
+
+@pytest.mark.parametrize(("shape", "parts"), list(zip(PARTS, (8, 4, 2, 1), strict=True)), ids=str)
+def test_the_kernel_gradient_by_parts_of_the_batch_equals_lax(shape, parts):
+    batch, height, width, channels, features, k, stride, padding = shape
+    x, kernel = jnp.ones((batch, height, width, channels)), jnp.ones((k, k, channels, features))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda w: convolve(x, w, stride=stride, padding=padding).sum()))(kernel)
+    assert str(jaxpr).count("conv_general_dilated") == 2 + parts  # value, gradient of x, and the parts
+    assert_equals_lax(shape)
 
 
 @pytest.mark.parametrize("shape", PLAIN, ids=str)
