@@ -1,5 +1,6 @@
 """A run on one screen: what it will cost before it starts, and what it reached."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from rich.table import Table
 from ssl_kd.bench import matmul_rate
 from ssl_kd.log import console
 from ssl_kd.state import abstract
+from ssl_kd.step import TrainStep
 from ssl_kd.train import Run
 
 ASSUMED_UTILISATION = 0.4
@@ -41,9 +43,10 @@ def estimate(run: Run) -> None:
     batch, data = run.abstract_inputs()
     compiled = run.train_step().lower(state, run.frozen(), batch, data).compile()
     memory = compiled.memory_analysis()
-    # The compiler counts one device's share, and the body of the loop over micro-batches once.
-    flops = (compiled.cost_analysis() or {}).get("flops", math.nan) * c.optim.accum
-    rate = matmul_rate(jnp.dtype(c.compute_dtype))
+    # As written, over all devices; the body of a loop over micro-batches would be counted once.
+    whole = TrainStep(dataclasses.replace(r, accum=1), run.mesh).jit().lower(state, run.frozen(), batch, data)
+    flops = (whole.cost_analysis() or {}).get("flops", math.nan)
+    rate = run.mesh.size * matmul_rate(jnp.dtype(c.compute_dtype))
     seconds = r.total_steps * flops / (rate * ASSUMED_UTILISATION)
     rows = {
         "images": f"{len(run.train):,} × {run.train.image_shape}, {r.steps_per_epoch} steps an epoch",
@@ -51,9 +54,9 @@ def estimate(run: Run) -> None:
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
         "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
-        "compute": f"{flops / 1e9:,.1f} GFLOP a step on each device, by the compiler",
+        "compute": f"{flops / 1e9:,.1f} GFLOP a step, by the compiler",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
-        f"that a {jax.devices()[0].device_kind} device multiplies matrices with; probes not counted",
+        f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",
         "workdir": str(run.workdir),
     }
     table = Table(show_header=False)
@@ -108,7 +111,7 @@ def summarise(run: Run, results: Mapping[str, Any]) -> None:
     """Prints what a finished run reached, where it lies, and what to try next."""
     c = run.config
     console.print(accuracy_table(results, f"{c.data.source} {c.data.test}: accuracy in %"))
-    console.print(f"Trained in {results['seconds'] / 60:.1f} min. Checkpoint: {run.workdir / 'checkpoints'}")
+    console.print(f"{results['seconds'] / 60:.1f} min, probes included. Checkpoint: {run.workdir / 'checkpoints'}")
     if "teacher_momentum" in run.recipe.method.averaged:
         following = f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
     elif c.method.name == "moco_v2":

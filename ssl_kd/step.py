@@ -1,7 +1,7 @@
 """The one compiled graph: views, every network's forward, relation matrix, losses, optimizer, averages, memory."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +40,7 @@ class TrainStep:
     recipe: Recipe
     mesh: jax.sharding.Mesh
 
-    def jit(self) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    def jit(self) -> jax.stages.Wrapped:
         """The step as one executable; its outputs lie as its inputs do, or the second step would be traced anew."""
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=(replicated, replicated))
@@ -107,7 +107,9 @@ class TrainStep:
             return jax.tree.map(jnp.add, total, (loss, stats, grads)), (push, metrics)
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.batch_stats, state.trained))
-        total, (push, metrics) = jax.lax.scan(body, zero, (jnp.arange(self.recipe.accum), split))
+        # In a loop, XLA's CPU backend takes kernel gradients of convolutions some thirty times slower.
+        unroll = jax.default_backend() == "cpu"
+        total, (push, metrics) = jax.lax.scan(body, zero, (jnp.arange(self.recipe.accum), split), unroll=unroll)
         loss, stats, grads = jax.tree.map(lambda x: x / self.recipe.accum, total)
         push = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), push)
         # A metric is NaN where a micro-batch has nothing to measure.
