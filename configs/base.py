@@ -105,7 +105,7 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
     c.epochs, c.image_size, c.batch_size = 10.0, 28, 128
     c.augment = augmentation("grey", crop_scale=(0.3, 1.0))
     c.student.width = 0.5
-    c.method.update(queue=2048, momentum=0.99)
+    c.method.update({key: value for key, value in {"queue": 2048, "momentum": 0.99}.items() if key in c.method})
     c.bn_groups = min(c.bn_groups, 4)
     c.optim.lr = 0.12
     c.optim.weight_decay = 5e-4

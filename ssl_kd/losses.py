@@ -92,3 +92,53 @@ def sinkhorn(scores: jax.Array, epsilon: float = 0.05, iterations: int = 3) -> j
         codes /= jnp.maximum(jnp.sum(codes, axis=0, keepdims=True), jnp.finfo(codes.dtype).tiny)
         codes /= jnp.maximum(jnp.sum(codes, axis=1, keepdims=True), jnp.finfo(codes.dtype).tiny)
     return codes
+
+
+def squared_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """1/B Σ_i ‖a_i − b_i‖²; both (B, d). DisCo's consistency term sums over the batch instead."""
+    chex.assert_equal_shape([a, b])
+    return jnp.mean(jnp.sum(jnp.square(promote(a) - promote(b)), axis=1))
+
+
+def smooth_l1(x: jax.Array) -> jax.Array:
+    """x² / 2 where |x| < 1, else |x| − 1/2; elementwise."""
+    return jnp.where(jnp.abs(x) < 1, 0.5 * jnp.square(x), jnp.abs(x) - 0.5)
+
+
+def distance_relations(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Relational knowledge distillation by distance (Park et al., arXiv 1904.05068), as in DisCo's code.
+
+    Mean over all B² pairs, the zero diagonal included, of smooth_l1 between the two networks' Euclidean distances, each
+    divided by its mean over the pairs i ≠ j.
+
+    Args:
+      student, teacher: (B, ·) embeddings, of any two widths; B ≥ 2.
+    """
+
+    def distances(x: jax.Array) -> jax.Array:
+        x = promote(x)
+        square = jnp.sum(x * x, axis=1)
+        squares = square[:, None] + square[None] - 2 * similarity(x, x)
+        # The floor keeps the root's gradient finite where two rows coincide.
+        off = ~jnp.eye(len(x), dtype=bool)
+        d = jnp.where(off, jnp.sqrt(jnp.maximum(squares, 1e-12)), 0)
+        return d / (jnp.sum(d) / jnp.sum(off))
+
+    return jnp.mean(smooth_l1(distances(student) - distances(teacher)))
+
+
+def angle_relations(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Relational knowledge distillation by angle (Park et al., arXiv 1904.05068), as in DisCo's code.
+
+    Mean over all B³ triples (a, i, j) of smooth_l1 between the two networks' cosines of the angle at a.
+
+    Args:
+      student, teacher: (B, ·) embeddings, of any two widths.
+    """
+
+    def cosines(x: jax.Array) -> jax.Array:
+        x = promote(x)
+        rays = normalize(x[None, :] - x[:, None])  # rays[a, i] points from a to i; zero where i = a
+        return jnp.einsum("aid,ajd->aij", rays, rays, precision=HIGHEST)
+
+    return jnp.mean(smooth_l1(cosines(student) - cosines(teacher)))

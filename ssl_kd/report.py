@@ -112,12 +112,13 @@ def summarise(run: Run, results: Mapping[str, Any]) -> None:
     c = run.config
     console.print(accuracy_table(results, f"{c.data.source} {c.data.test}: accuracy in %"))
     console.print(f"{results['seconds'] / 60:.1f} min, probes included. Checkpoint: {run.workdir / 'checkpoints'}")
-    if "teacher_momentum" in run.recipe.method.averaged:
+    method = run.recipe.method
+    if "teacher" in method.trained:
         following = f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
-    elif c.method.name == "moco_v2":
+    elif not method.frozen and set(method.averaged) == {"student_momentum"} and c.method.name != "rekd":
         preset = f":{c.preset}" if c.preset else ""
         source = f"--config.teacher.source=workdir:{run.workdir}"
         following = f"python launch/main.py --config=configs/rekd_alexnet.py{preset} {source}"
     else:
-        following = f"python launch/evaluate.py --workdir={run.workdir} --network=student_momentum"
+        following = f'python -c "import ssl_kd; apply, params = ssl_kd.load({str(run.workdir)!r})"'
     console.print(f"Next: {following}")

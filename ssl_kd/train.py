@@ -134,8 +134,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     for role in recipe.method.frozen:
         if role not in pretrained:
             raise UserError(
-                f"method.teacher='frozen' needs weights: set {role}.source=workdir:PATH to a finished run, as one "
-                "of configs/moco_v2_resnet18.py."
+                f"the {role} of this recipe is frozen and needs weights: set {role}.source=workdir:PATH to a finished "
+                "run, as one of configs/moco_v2_resnet18.py."
             )
     unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
     if unused:

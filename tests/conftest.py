@@ -22,6 +22,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import base
+from ssl_kd.methods import METHODS
 from ssl_kd.models import MODELS, init_network
 from ssl_kd.models.resnet import ResNet
 from ssl_kd.recipe import make_recipe
@@ -47,7 +48,8 @@ def tiny_config(method: str, **method_fields):
     c.batch_size, c.epochs, c.image_size = 16, 2.0, 12
     c.student = base.network("tiny", width=0.125, stem="small_s2", dim=8)
     c.teacher = base.network("tiny_bottleneck", width=0.125, stem="small_s2", dim=8)
-    fields = {"queue": 40, "momentum": 0.9, **method_fields}
+    fields = {"queue": 40, **({"momentum": 0.9} if "momentum" in METHODS[method].__dataclass_fields__ else {})}
+    fields |= method_fields
     if method == "rekd":
         fields = {"prototypes": 4, "warmup": 0.0, "neighbours": 3, **fields}
     c.method = base.method(method, **fields)
@@ -105,6 +107,9 @@ VARIANTS = {
     "rekd-frozen": ("rekd", {"teacher": "frozen"}),
     "rekd-self": ("rekd", {"teacher": "self"}),
     "rekd-response": ("rekd", {"knowledge": "response"}),
+    "disco": ("disco", {"distance": 0.5, "angle": 0.5}),
+    "seed": ("seed", {}),
+    "ressl": ("ressl", {}),
 }
 
 

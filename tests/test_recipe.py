@@ -54,6 +54,14 @@ def test_recipes_are_short():
         assert len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) <= 40, name
 
 
+@pytest.mark.parametrize("method", ["disco", "seed"])
+def test_embeddings_that_are_compared_must_be_of_equal_width(method):
+    config = tiny_config(method)
+    config.teacher.dim = 16
+    with pytest.raises(UserError, match=r"student\.dim=8 and teacher\.dim=16: set them alike"):
+        make_recipe(config, 64)
+
+
 def test_every_method_key_of_a_config_is_a_field():
     for name, method in METHODS.items():
         config = tiny_config(name)

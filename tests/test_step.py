@@ -52,9 +52,10 @@ def test_averages_follow_their_source(variant):
         assert worst(expected, state.averaged[name]) < 1e-6
 
 
-def test_a_frozen_teacher_is_not_in_the_state():
+@pytest.mark.parametrize("variant", ["rekd-frozen", "disco", "seed"])
+def test_a_frozen_teacher_is_not_in_the_state(variant):
     """What is not in the state cannot be written, nor checkpointed."""
-    state = three_steps("rekd-frozen")[1]
+    state = three_steps(variant)[1]
     assert "teacher" not in {**state.trained, **state.averaged, **state.batch_stats}
 
 

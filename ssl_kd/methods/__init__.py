@@ -3,10 +3,13 @@
 To add one: write its file, add a line to METHODS, write a config. The parametrised tests pick it up.
 """
 
+from ssl_kd.methods.disco import DisCo
 from ssl_kd.methods.moco import MoCo
 from ssl_kd.methods.protocol import Aux, Context, Method, View
 from ssl_kd.methods.rekd import ReKD
+from ssl_kd.methods.ressl import ReSSL
+from ssl_kd.methods.seed import SEED
 
-METHODS: dict[str, type] = {"moco_v2": MoCo, "rekd": ReKD}
+METHODS: dict[str, type] = {"disco": DisCo, "moco_v2": MoCo, "rekd": ReKD, "ressl": ReSSL, "seed": SEED}
 
 __all__ = ["METHODS", "Aux", "Context", "Method", "View"]

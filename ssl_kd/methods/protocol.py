@@ -127,3 +127,12 @@ def require_ranges(
         for name in names:
             if not holds(getattr(method, name)):
                 raise ValueError(f"method.{name}={getattr(method, name)} must be {rule}")
+
+
+def require_equal_widths(method: str, dims: Mapping[str, int]) -> None:
+    """Raises ValueError unless student and teacher embed into the same width."""
+    if dims["student"] != dims["teacher"]:
+        raise ValueError(
+            f"method.name={method!r} compares embeddings of equal width, but student.dim={dims['student']} and "
+            f"teacher.dim={dims['teacher']}: set them alike"
+        )

@@ -1,0 +1,153 @@
+"""Methods against the authors' own numbers: stand-in networks hand the stored embeddings to the method itself."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_kd.losses import angle_relations, distance_relations
+from ssl_kd.memory import Queue
+from ssl_kd.methods import Context
+from ssl_kd.methods.disco import DisCo
+from ssl_kd.methods.ressl import ReSSL
+from ssl_kd.methods.seed import SEED
+
+precisions = pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
+
+
+class Check:
+    """A fixture read at one precision, and comparison at the tolerances of shared references."""
+
+    def __init__(self, fixture, exact: bool):
+        self.fixture, self.exact = fixture, exact
+        self.dtype = jnp.float64 if exact else jnp.float32
+
+    def array(self, name, *index):
+        return jnp.asarray(self.fixture[name][index], self.dtype)
+
+    def equal(self, ours, name, *index):
+        stored = name if not self.exact or f"f64_{name}" not in self.fixture else f"f64_{name}"
+        reference = self.fixture[stored][index]
+        if self.exact:
+            rtol, atol = 1e-9, 1e-11
+        elif name.startswith("grad"):
+            rtol, atol = 2e-5, 2e-6
+        else:
+            rtol, atol = 1e-5, 0 if "loss" in name else 2e-6
+        assert np.shape(ours) == reference.shape, name
+        assert np.abs(np.asarray(ours) - reference).max() <= atol + rtol * np.abs(reference).max(), name
+
+
+class Fixed:
+    """Embeds a view, named by a string, as the given rows."""
+
+    def __init__(self, **views):
+        self.views = views
+
+    def embed(self, view, *, norm):
+        return self.views[view]
+
+
+def run(method, memory, raw, networks):
+    """Loss, push and metrics, gradients by `raw`, and the memory after; networks(raw) gives role → Fixed."""
+    rows = jnp.arange(8)
+    context = Context(step=0, epoch=0.0, progress=0.0, key=None, index=rows, label=rows)
+    views = {name: name for name in method.views}
+
+    def loss(raw):
+        value, aux = method.loss(types.SimpleNamespace(**networks(raw)), views, memory, context)
+        return value, (aux.push, aux.metrics)
+
+    (value, (push, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(raw)
+    return value, metrics, grads, method.update(memory, push, context)
+
+
+def queue_of(check, name, row):
+    return Queue(rows={row: check.array(name).T}, ptr=jnp.asarray(check.fixture["in_ptr"][0], jnp.int32))
+
+
+@precisions
+@pytest.mark.parametrize("contrast", [1.0, 0.0])
+def test_disco(golden, exact, contrast):
+    """The authors sum the squared distances over their batch of 8 here: weight 8 on our mean."""
+    with jax.enable_x64(exact):
+        check = Check(golden("disco_loss"), exact)
+        method = DisCo(temperature=float(check.fixture["hp_T"]), queue=64, consistency=8.0, contrast=contrast)
+        memory = queue_of(check, "in_queue", "key")
+        total, grad = ("total", "grad") if contrast else ("total_only_mse", "grad_only_mse")
+        for call in range(2):
+            raw = {name: check.array(f"in_{name}_raw", call) for name in ("s_q", "s_k", "mean_k", "t_q", "t_k")}
+            value, metrics, grads, memory = run(
+                method,
+                memory,
+                raw,
+                lambda raw: {
+                    "student": Fixed(query=raw["s_q"], key=raw["s_k"]),
+                    "student_momentum": Fixed(key=raw["mean_k"]),
+                    "teacher": Fixed(query=raw["t_q"], key=raw["t_k"]),
+                },
+            )
+            check.equal(value, f"out_loss_{total}", call)
+            check.equal(metrics["contrast"], "out_loss_contrast", call)
+            for name in ("s_q", "s_k"):
+                check.equal(grads[name], f"{grad}_{name}_raw", call)
+            check.equal(memory.rows["key"].T, "out_queue_after", call)
+            assert int(memory.ptr) == check.fixture["out_ptr_after"][call, 0]
+
+
+@precisions
+@pytest.mark.parametrize(("term", "name"), [(distance_relations, "dist"), (angle_relations, "angle")])
+def test_relations_of_disco(golden, exact, term, name):
+    with jax.enable_x64(exact):
+        check = Check(golden("disco_rkd"), exact)
+        value, grad = jax.value_and_grad(term)(check.array("in_student"), check.array("in_teacher"))
+        check.equal(value, f"out_loss_{name}")
+        check.equal(grad, f"grad_student_{name}")
+
+
+@precisions
+@pytest.mark.parametrize("number", range(3), ids=lambda n: f"temperature{n}")
+def test_seed(golden, exact, number):
+    with jax.enable_x64(exact):
+        check = Check(golden("seed_loss"), exact)
+        method = SEED(
+            temperature=float(check.fixture["hp_T_student"]),
+            teacher_temperature=float(check.fixture["hp_T_teacher"][number]),
+            queue=96,
+        )
+        memory = queue_of(check, "in_queue", "teacher")
+        for call in range(2):
+            raw = {name: check.array(f"in_{name}_raw", call) for name in "st"}
+            value, _, grads, memory = run(
+                method,
+                memory,
+                raw,
+                lambda raw: {"student": Fixed(image=raw["s"]), "teacher": Fixed(image=raw["t"])},
+            )
+            check.equal(value, "out_loss", number, call)
+            check.equal(grads["s"], "grad_s_raw", number, call)
+            check.equal(memory.rows["teacher"].T, "out_queue_after", number, call)
+            assert int(memory.ptr) == check.fixture["out_ptr_after"][number, call, 0]
+
+
+@precisions
+def test_ressl(golden, exact):
+    with jax.enable_x64(exact):
+        check = Check(golden("ressl_loss"), exact)
+        temperatures = {"temperature": "hp_T_student", "key_temperature": "hp_T_teacher"}
+        method = ReSSL(queue=128, **{field: float(check.fixture[name]) for field, name in temperatures.items()})
+        memory = queue_of(check, "in_queue", "key")
+        for call in range(2):
+            raw = {name: check.array(f"in_{name}_raw", call) for name in "qk"}
+            value, _, grads, memory = run(
+                method,
+                memory,
+                raw,
+                lambda raw: {"student": Fixed(query=raw["q"]), "student_momentum": Fixed(key=raw["k"])},
+            )
+            check.equal(value, "out_loss", call)
+            check.equal(grads["q"], "grad_q_raw", call)
+            check.equal(memory.rows["key"].T, "out_queue_after", call)
+            assert int(memory.ptr) == check.fixture["out_ptr_after"][call, 0]
