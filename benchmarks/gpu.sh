@@ -7,10 +7,13 @@
 # Needs jax for the accelerator (README) and, for the second part, benchmarks/requirements-peer.txt. One failing
 # measurement does not stop the others; the exit status is 1 if any failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?"the folder for the results is missing: bash benchmarks/gpu.sh OUT [CIFAR]"}")
-cifar=${2:-}
-mkdir -p "$out"
+if [[ -z ${1:-} ]]; then
+  echo "the folder for the results is missing: bash benchmarks/gpu.sh OUT [CIFAR-10 directory]" >&2
+  exit 2
+fi
+out=$(realpath -m "$1")
+cifar=${2:+$(realpath "$2")}
+cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 2
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # the two sides of a comparison share one device's memory
 
 seconds=40
@@ -37,6 +40,7 @@ recipes=(
   "imagenet|configs/rekd_alexnet.py:imagenet $imagenet $shrink"
   "imagenet-resnet18|configs/rekd_alexnet.py:imagenet --config.student.name=resnet18 $imagenet $shrink"
 )
+python -c "import torch" 2>/dev/null || echo "== torch is not installed: no comparison with it"
 for recipe in "${recipes[@]}"; do
   name=${recipe%%|*}
   read -ra arguments <<<"--config=${recipe#*|}"
@@ -45,10 +49,11 @@ for recipe in "${recipes[@]}"; do
     measure "peer-$name" python benchmarks/peer.py "${arguments[@]}" --seconds=$seconds --json="$out/peer-$name.json"
   fi
 done
-measure bench-imagenet-remat python launch/bench.py "${arguments[@]}" --config.remat=True --seconds=$seconds \
-  --json="$out/bench-imagenet-remat.json"
+name=bench-$name-remat # of the last recipe
+measure "$name" python launch/bench.py "${arguments[@]}" --config.remat=True --seconds=$seconds --json="$out/$name.json"
 
 if [[ $cifar ]]; then
   measure cifar10-full python benchmarks/compare.py cifar10-full --source="hf:$cifar" --out="$out/cifar10-full"
+  cp benchmarks/cifar10-full.{json,md} "$out/"
 fi
 exit $failed

@@ -3,7 +3,8 @@
     pip install -r benchmarks/requirements-peer.txt
     python benchmarks/peer.py --config=configs/rekd_alexnet.py [--config.KEY=VALUE …] [--seconds=60] [--json=FILE]
 
-Online ReKD with the prototype miner on AlexNet and ResNets; the ratio is images/s of ssl_kd over PyTorch's.
+Online ReKD with the prototype miner on AlexNet and ResNets; the ratio is images/s of ssl_kd over PyTorch's. What
+differs between the two is said in torch_step.py.
 """
 
 import json
@@ -16,15 +17,37 @@ from pathlib import Path
 from absl import flags
 
 from ssl_kd import command
-from ssl_kd.bench import seconds_a_call
+from ssl_kd.bench import seconds_a_call, stepper
 from ssl_kd.checkpoint import session, write_json
 from ssl_kd.errors import UserError
+from ssl_kd.recipe import flatten
 from ssl_kd.train import Run, prepare
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 60.0, "For all timings together.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that both are timed, in turn.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that both are timed, in turn.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+
+WRITTEN_FOR = {
+    "method.name": ("rekd",),
+    "method.teacher": ("online",),
+    "method.miner": ("prototype",),
+    "method.knowledge": ("relation",),
+    "method.balanced": (False,),
+    "method.teacher_weight": (1.0,),
+    "method.prototype_momentum": (0.99,),
+    "optim.name": ("sgd",),
+    "optim.momentum": (0.9,),
+    "optim.decay": ("all",),
+    "optim.accum": (1,),
+    "augment.solarize": (0.0,),
+    "student.head_hidden": (0,),
+    "teacher.head_hidden": (0,),
+    "student.name": ("alexnet", "resnet18", "resnet34", "resnet50"),
+    "teacher.name": ("alexnet", "resnet18", "resnet34", "resnet50"),
+    "remat": (False,),
+}
+"""Keys and the values that torch_step.py knows."""
 
 
 class Peer:
@@ -32,14 +55,12 @@ class Peer:
 
     def __init__(self, run: Run):
         c = run.config
-        if (c.method.name, c.method.teacher, c.method.miner) != ("rekd", "online", "prototype"):
-            raise UserError("the PyTorch step is online ReKD with the prototype miner: choose a recipe of that.")
         sizes = {key: c.method[key] for key in ("queue", "prototypes", "temperature", "momentum")}
         specs = {role: run.recipe.specs[role] for role in ("student", "teacher")}
         sizes |= {role: {"name": s.name, "width": s.width, "stem": s.stem, "dim": s.dim} for role, s in specs.items()}
         sizes |= {"image_size": c.image_size, "canvas": run.train.image_shape[0], "images": min(len(run.train), 10_000)}
         sizes |= {"batch_size": c.batch_size, "lr": c.optim.lr, "weight_decay": c.optim.weight_decay}
-        sizes |= {"augment": c.augment.to_dict()}
+        sizes |= {"augment": c.augment.to_dict(), "bfloat16": c.compute_dtype == "bfloat16"}
         script = Path(__file__).with_name("torch_step.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -64,26 +85,28 @@ class Peer:
 
 def main() -> None:
     run = prepare(CONFIG.value, Path("unused"))
+    values = flatten(run.config)
+    for key, known in WRITTEN_FOR.items():
+        if values.get(key) not in known:
+            raise UserError(f"{key}={values.get(key)!r}, but the PyTorch step is written for {known}: set it so.")
+
+    def write(figures):
+        if JSON.value:
+            write_json(Path(JSON.value), figures | {"session": session()}, "choose another --json")
+
+    write({})
     with closing(Peer(run)) as peer:
-        loader, frozen, state, train_step = run.loader(), run.frozen(), run.create_now(), run.train_step()
-        with closing(loader.batches(0, 1)) as batches:
-            batch = next(batches)
-
-        def step():
-            nonlocal state
-            state, metrics = train_step(state, frozen, batch, loader.data)
-            return metrics
-
+        step, _ = stepper(run).compile(run.mesh)
         share = SECONDS.value / ROUNDS.value / 2
         rounds = [(seconds_a_call(step, share), peer.seconds(share)) for _ in range(ROUNDS.value)]
         ours, theirs = (run.config.batch_size / statistics.median(side) for side in zip(*rounds, strict=True))
         ratios = sorted(other / own for own, other in rounds)
-        print(f"ssl_kd {ours:,.0f} images/s · PyTorch {theirs:,.0f} images/s")
         low, ratio, high = ratios[0], statistics.median(ratios), ratios[-1]
+        print(f"ssl_kd {ours:,.0f} images/s · PyTorch {theirs:,.0f} images/s")
         print(f"ratio {ratio:.2f} (from {low:.2f} to {high:.2f} over {len(rounds)} rounds)")
-        if JSON.value:
-            figures = {"seconds": rounds, "ratio": ratio, "torch": peer.versions}
-            write_json(Path(JSON.value), figures | {"session": session()})
+        names = ("ssl_kd_seconds", "torch_seconds")
+        pairs = [dict(zip(names, pair, strict=True)) for pair in rounds]
+        write({"ratio": ratio, "rounds": pairs, "batch_size": run.config.batch_size, "torch": peer.versions})
 
 
 if __name__ == "__main__":

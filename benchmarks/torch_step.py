@@ -1,9 +1,10 @@
 """The ReKD step in plain PyTorch, as a careful user would write it: the other side of `benchmarks/peer.py`.
 
-Same networks, sizes and mathematics as ssl_kd's online prototype form, with less around it: batch norm over the whole
-batch (no groups, no shuffle), crops by one `grid_sample` (bilinear, not antialiased), no metrics, no non-finite guard.
-On a GPU: autocast to bfloat16, channels last, TF32 where float32 remains. Run by peer.py, which sends the sizes as one
-line of JSON and then asks for timings; it answers with seconds a step.
+The networks, sizes and losses of ssl_kd's online prototype form. It does less around them: batch norm over the whole
+batch (no groups, no shuffle), one candidate a crop and no antialiasing (`grid_sample`), a constant rate, no re-seeding
+of idle prototypes, no metrics, no guard against what is not finite; and on a GPU TF32 where ssl_kd's similarities are
+exact float32. It runs eagerly, without torch.compile. With compute_dtype bfloat16: autocast; on a GPU channels last.
+Run by peer.py, which sends the sizes as one line of JSON and then asks for timings; it answers with seconds a step.
 """
 
 import copy
@@ -223,8 +224,9 @@ class Step:
         c, tau = self.c, self.c["temperature"]
         with torch.no_grad():
             index = torch.randint(0, len(self.images), (c["batch_size"],), device=DEVICE)
-            one, two = self.view(self.images[index]), self.view(self.images[index])
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            images = self.images[index]
+            one, two = self.view(images), self.view(images)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=c["bfloat16"]):
             q, t = self.student(one), self.teacher(one)
             with torch.no_grad():
                 k, u = self.student_momentum(two), self.teacher_momentum(two)
@@ -245,13 +247,14 @@ class Step:
             self.queue["k"][rows], self.queue["u"][rows], self.ids[rows] = k, u, y
             self.ptr = (self.ptr + len(k)) % len(self.ids)
             total = torch.zeros_like(self.centres).index_add_(0, y, u)
-            count = torch.bincount(y, minlength=len(self.centres))[:, None]
+            count = torch.zeros_like(self.centres[:, 0]).index_add_(0, y, torch.ones_like(u[:, 0]))[:, None]
             moved = F.normalize(0.99 * self.centres + 0.01 * total / count.clamp(min=1))
             self.centres = torch.where(count > 0, moved, self.centres)
         return loss
 
 
 def timed(step: Step, budget: float) -> float:
+    float(step().detach())
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < budget:
         loss, count = step(), count + 1

@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     c.optim.weight_decay = 1e-4
     c.optim.decay = "all"  # what decays: 'all' | 'weights' (spares biases and batch-norm)
     c.optim.warmup_epochs = 0.0  # linear warm-up before the cosine to 0
-    c.optim.accum = 1  # micro-batches an optimizer step is split into
+    c.optim.accum = 1  # micro-batches an optimizer step is split into; unrolled on a CPU: compile time grows with it
     c.max_nonfinite = 0  # steps with a non-finite loss or gradient that may be skipped before the run stops
 
     # What follows changes no number of the training run.

@@ -22,10 +22,16 @@ JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def main() -> None:
-    figures = bench(prepare(CONFIG.value, Path("unused")), SECONDS.value)
+    run = prepare(CONFIG.value, Path("unused"))
+
+    def write(figures):
+        if JSON.value:
+            write_json(Path(JSON.value), figures | {"session": session()}, "choose another --json")
+
+    write({})  # minutes of timing must not end at a file that cannot be written
+    figures = bench(run, SECONDS.value)
     console.print(bench_table(figures))
-    if JSON.value:
-        write_json(Path(JSON.value), figures | {"session": session()})
+    write(figures)
 
 
 if __name__ == "__main__":

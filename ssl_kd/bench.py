@@ -1,12 +1,12 @@
 """What a recipe's step costs on this machine: whole, in parts, and beside what the machine can do.
 
-Parts are made of the same functions as the step, compiled one by one, and timed in turn with the whole step, so that a
-machine whose speed drifts slows all alike.
+Parts are the functions the step is made of, compiled one by one and timed in turn with the whole step, so that a
+machine whose speed drifts slows all alike. They leave out what is small: gathering a resident batch, the order of a
+shuffle, the additions of an accumulated gradient.
 """
 
 import dataclasses
 import math
-import resource
 import statistics
 import sys
 import tempfile
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssl_kd.data.loader import Loader
-from ssl_kd.models import backbone_calls
+from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.state import State, abstract
 from ssl_kd.step import TrainStep
 from ssl_kd.train import Run
@@ -36,31 +36,68 @@ HOST_SECONDS = 3.0
 """How long the host's input rate is measured."""
 
 
+def flops_of(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and convolutions of a jaxpr, loops counted in full: two for every product summed."""
+    total = 0.0
+    for equation in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
+        p, name = equation.params, equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+            taps = kernel.size / kernel.shape[p["dimension_numbers"].rhs_spec[0]]
+            # The gradient of a strided convolution meets mostly the zeros that were put between its inputs.
+            total += 2.0 * out.size * taps / math.prod(p["lhs_dilation"])
+        repeats = p["length"] if name == "scan" else 1
+        for value in p.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    total += repeats * flops_of(inner)
+    return total
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A compiled piece of the step.
+    """A piece of the step.
 
     Attributes:
-      call: runs it once and returns what must be waited for.
-      flops: of one call, all devices, as written (before the compiler's optimisations).
-      moved: bytes read and written by one call on one device, by the compiler; an upper bound, for what caches hold.
+      function, arguments: the piece and what it is timed on.
       times: calls a step.
       counted: whether it is one of those that make up the step; a forward that is also in a forward + backward is not.
+      carried: argument 0 is donated, and the first output takes its place in the next call.
     """
 
-    call: Callable[[], Any]
-    flops: float
-    moved: float
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
     times: int = 1
     counted: bool = True
+    carried: bool = False
 
+    def flops(self) -> float:
+        """Of all its calls in a step, on all devices, as written."""
+        return self.times * flops_of(jax.jit(self.function).trace(*self.arguments).jaxpr)
 
-def compile_part(function: Callable[..., Any], *arguments: Any, **kind: Any) -> Part:
-    lowered = jax.jit(function).lower(*arguments)
-    compiled = lowered.compile()
-    flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
-    moved = (compiled.cost_analysis() or {}).get("bytes accessed", math.nan)
-    return Part(partial(compiled, *arguments), flops, moved, **kind)
+    def compile(self, mesh: jax.sharding.Mesh) -> tuple[Callable[[], Any], float]:
+        """A call, which returns what must be waited for; and bytes that a step's calls read and write, by the compiler.
+
+        The bytes are an upper bound: caches hold some of them.
+        """
+        replicated = NamedSharding(mesh, PartitionSpec())
+        carry: dict[str, Any] = {"donate_argnums": 0, "out_shardings": (replicated, replicated)} if self.carried else {}
+        compiled = jax.jit(self.function, **carry).lower(*self.arguments).compile()
+        moved = self.times * mesh.size * (compiled.cost_analysis() or {}).get("bytes accessed", math.nan)
+        first, *others = self.arguments
+
+        def call():
+            nonlocal first
+            if not self.carried:
+                return compiled(first, *others)
+            first, out = compiled(first, *others)
+            return out
+
+        return call, moved
 
 
 def seconds_a_call(call: Callable[[], Any], budget: float) -> float:
@@ -75,16 +112,21 @@ def seconds_a_call(call: Callable[[], Any], budget: float) -> float:
     return (time.perf_counter() - began) / count
 
 
-def matmul_rate(dtype: Any, side: int = 2048, budget: float = 0.5) -> float:
-    """Measured FLOP/s of square matrix products on one device."""
-    a = jnp.ones((side, side), dtype)
-    return 2 * side**3 / seconds_a_call(partial(jax.jit(lambda a: a @ a), a), budget)
+_multiply = jax.jit(jnp.matmul)
+_increment = jax.jit(lambda a: a + 1)
+
+
+def matmul_rate(dtype: Any, budget: float = 0.5) -> float:
+    """Measured FLOP/s of square matrix products on one device, large enough to fill it."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    return 2 * side**3 / seconds_a_call(partial(_multiply, a, a), budget)
 
 
 def copy_rate(megabytes: int = 256, budget: float = 0.5) -> float:
     """Measured bytes/s, read plus written, of adding 1 to an array that no cache holds, on one device."""
     a = jnp.zeros((megabytes << 18,), jnp.float32)
-    return 2 * a.nbytes / seconds_a_call(partial(jax.jit(lambda a: a + 1), a), budget)
+    return 2 * a.nbytes / seconds_a_call(partial(_increment, a), budget)
 
 
 def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) -> dict[str, Part]:
@@ -94,51 +136,63 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
     batch = step.shard({"index": rows, "label": jnp.zeros_like(rows)})
     order = rows[::-1] if r.shuffle_keys else None
 
+    def random(shapes):
+        return step.shard(jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), shapes))
+
     def make_views(number, images):
         return {name: step.shard(view) for name, view in step.views(number, images, rows, order).items()}
 
-    pieces = {"augmentation": compile_part(make_views, state.step, images, times=r.accum)}
-    views = pieces["augmentation"].call()
+    pieces = {"augmentation": Part(make_views, (state.step, images), r.accum)}
+    views = random(jax.eval_shape(make_views, state.step, images))
     variables = step.variables(state.trained, state, frozen)
     calls = listed_calls(step, state, frozen, views, batch, order)
     for (network, norm, x, _), times in Counter(calls).items():
         name = network if [c[0] for c in set(calls)].count(network) == 1 else f"{network} {x.shape[1]} px {norm}"
         trained = network in r.method.trained
-        x = step.shard(jax.random.normal(jax.random.key(0), x.shape, x.dtype))
-        backbone, kind = r.specs[network].backbone(), {"times": times * r.accum}
 
-        def forward(params, batch_stats, x, backbone=backbone, norm=norm):
+        def forward(params, batch_stats, x, spec=r.specs[network], norm=norm):
             variables = {"params": params, "batch_stats": batch_stats}
-            features, updates = backbone.apply(variables, x, norm=norm, mutable=["batch_stats"])
+            features, updates = backbone_forward(spec, variables, x, norm=norm)
             return jnp.sum(features.pooled**2), updates
 
-        both = jax.grad(forward, has_aux=True)
-        arguments = (variables["params"][network]["backbone"], variables["batch_stats"][network]["backbone"], x)
-        pieces[f"{name} forward"] = compile_part(forward, *arguments, counted=not trained, **kind)
+        arguments = (*(variables[kind][network]["backbone"] for kind in ("params", "batch_stats")), random(x))
+        pieces[f"{name} forward"] = Part(forward, arguments, times * r.accum, counted=not trained)
         if trained:
-            pieces[f"{name} forward + backward"] = compile_part(both, *arguments, **kind)
+            both = jax.grad(forward, has_aux=True)
+            pieces[f"{name} forward + backward"] = Part(both, arguments, times * r.accum)
 
-    features = [jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape, x.dtype), c[3]) for c in calls]
+    features = [random(c[3]) for c in calls]
     learned = [c[0] in r.method.trained for c in calls]
 
-    def relate(trained, own, other, state, frozen, views):
+    def relate(trained, pooled, features, state, frozen, views):
         context = step.context(state, batch, 0, order)
 
-        def loss(trained, own):
-            mine, theirs = iter(own), iter(other)
-            with backbone_calls([next(mine if known else theirs) for known in learned]):
-                value, (push, metrics, _) = step.loss(trained, state, frozen, views, context)
-            return value, (push, metrics)
+        def loss(trained, pooled):
+            mine = iter(pooled)
+            given = [f.replace(pooled=next(mine)) if own else f for f, own in zip(features, learned, strict=True)]
+            with backbone_calls(given):
+                return step.loss(trained, state, frozen, views, context)
 
-        (_, (push, metrics)), (heads, own) = jax.value_and_grad(loss, (0, 1), has_aux=True)(trained, own)
+        (value, (push, metrics, _)), (heads, of_pooled) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            trained, pooled
+        )
         heads = {name: {k: g for k, g in tree.items() if k != "backbone"} for name, tree in heads.items()}
-        return heads, own, metrics, r.method.update(state.memory, push, context)
+        return heads, of_pooled, value, push, metrics
 
-    own, other = ([f for f, known in zip(features, learned, strict=True) if known is kind] for kind in (True, False))
-    pieces["heads, relations, losses, memory"] = compile_part(
-        relate, state.trained, own, other, state, frozen, views, times=r.accum
+    pooled = [f.pooled for f, own in zip(features, learned, strict=True) if own]
+    arguments = (state.trained, pooled, features, state, frozen, views)
+    pieces["heads, relations, losses"] = Part(relate, arguments, r.accum)
+
+    # What `finish` is handed: a micro-batch's shapes, the batch's for what is pushed.
+    value, push, metrics = jax.eval_shape(relate, *arguments)[2:]
+    whole = {name: jax.ShapeDtypeStruct((r.accum * count, *x.shape[1:]), x.dtype) for name, x in push.items()}
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    outcome = (zeros(value), (step.shard(zeros(whole)), zeros(metrics), state.batch_stats))
+    several = step.shard({name: jnp.tile(x, r.accum) for name, x in batch.items()})
+    copied = jax.tree.map(jnp.copy, state)
+    pieces["optimizer, averages, memory"] = Part(
+        step.finish, (copied, several, outcome, zeros(state.trained)), carried=True
     )
-    pieces["optimizer and averages"] = compile_part(step.advance, state, state.trained)
     return pieces
 
 
@@ -160,118 +214,123 @@ def listed_calls(
     return found
 
 
-def compile_seconds(run: Run) -> tuple[Any, float, float]:
-    """The compiled step, and seconds to trace and compile it: anew, and again from a persistent cache."""
-    state, (batch, data) = abstract(run.create, run.replicated), run.abstract_inputs()
-    before = jax.config.values["jax_compilation_cache_dir"]
+def stepper(run: Run) -> Part:
+    """The whole step on the run's first batch."""
+    loader = run.loader()
+    with closing(loader.batches(0, 1)) as batches:
+        batch = next(batches)
+    return Part(TrainStep(run.recipe, run.mesh), (run.create_now(), run.frozen(), batch, loader.data), carried=True)
+
+
+def compile_seconds(run: Run) -> tuple[float, float]:
+    """Seconds to trace and compile the step: anew, and again from a persistent cache."""
+    state, (batch, data), frozen = abstract(run.create, run.replicated), run.abstract_inputs(), run.frozen()
+    changed = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in changed}
     seconds = []
     with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        compilation_cache.reset_cache()
-        for _ in range(2):
-            jax.clear_caches()
-            began = time.perf_counter()
-            compiled = run.train_step().lower(state, run.frozen(), batch, data).compile()
-            seconds.append(time.perf_counter() - began)
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
-    return compiled, *seconds
+        try:
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            for _ in range(2):
+                compilation_cache.reset_cache()
+                jax.clear_caches()
+                began = time.perf_counter()
+                run.train_step().lower(state, frozen, batch, data).compile()
+                seconds.append(time.perf_counter() - began)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+    cold, cached = seconds
+    return cold, cached
 
 
-def host_rate(run: Run) -> float:
-    """Images/s that the host reads, decodes and hands to the devices when the set is not resident."""
-    c = run.config
-    loader = Loader(
-        run.train, batch_size=c.batch_size, seed=c.seed, mesh=run.mesh, resident=False, workers=c.data.workers
-    )
-    with closing(loader.batches(0, sys.maxsize >> 1)) as batches:
-        jax.block_until_ready(next(batches))
+def host_rate(run: Run) -> float | None:
+    """Images/s that the host reads, decodes and hands to the devices; None where it sends only row numbers."""
+    if run.resident:
+        return None
+    ready = 3 * (run.config.data.workers + 1)  # batches that were prefetched before the clock starts
+    with closing(run.loader().batches(0, sys.maxsize >> 1)) as batches:
+        for _ in range(ready):
+            jax.block_until_ready(next(batches))
         began, count = time.perf_counter(), 0
         while time.perf_counter() - began < HOST_SECONDS:
             jax.block_until_ready(next(batches))
             count += 1
-        return count * c.batch_size / (time.perf_counter() - began)
+        return count * run.config.batch_size / (time.perf_counter() - began)
 
 
 def peak_bytes() -> int:
     """Largest memory used so far: of one device where it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bench(run: Run, budget: float) -> dict[str, Any]:
     """Measures a prepared run. Nothing is written.
 
     Args:
-      budget: seconds for the timings of the step and its parts together; compilation comes on top.
+      budget: seconds for the timings of the step and its parts together; compilation and the host's input on top.
 
     Returns:
-      What `launch/bench.py` writes as JSON; seconds and FLOPs are of one optimizer step on all devices.
+      What `launch/bench.py` writes as JSON; seconds, FLOPs and rates are of one optimizer step on all devices.
     """
     c, r = run.config, run.recipe
-    compiled, cold, cached = compile_seconds(run)
-    loader, frozen = run.loader(), run.frozen()
-    with closing(loader.batches(0, 1)) as batches:
-        batch = next(batches)
-    state = run.create_now()
-
-    def whole():
-        nonlocal state
-        state, metrics = compiled(state, frozen, batch, loader.data)
-        return metrics
-
+    cold, cached = compile_seconds(run)
+    step = TrainStep(r, run.mesh)
+    whole, _ = stepper(run).compile(run.mesh)
+    jax.block_until_ready(whole())
+    peak = peak_bytes()
     images = np.zeros((c.batch_size // c.optim.accum, *run.train.image_shape), np.uint8)
     images = jax.device_put(images, NamedSharding(run.mesh, PartitionSpec("data")))
-    parts = step_parts(TrainStep(r, run.mesh), run.create_now(), frozen, images)
+    parts = step_parts(step, run.create_now(), run.frozen(), images)
+    compiled = {name: part.compile(run.mesh) for name, part in parts.items()}
     share = budget / ROUNDS / (len(parts) + 3)
     timed: dict[str, list[float]] = {name: [] for name in ("whole", *parts)}
     peaks: dict[str, list[float]] = {"matmul": [], "copy": []}
     for _ in range(ROUNDS):
         timed["whole"].append(seconds_a_call(whole, share))
-        for name, part in parts.items():
-            timed[name].append(part.times * seconds_a_call(part.call, share))
+        for name, (call, _) in compiled.items():
+            timed[name].append(parts[name].times * seconds_a_call(call, share))
         peaks["matmul"].append(run.mesh.size * matmul_rate(jnp.dtype(c.compute_dtype), budget=share))
         peaks["copy"].append(run.mesh.size * copy_rate(budget=share))
     matmul, copy = (statistics.median(peaks[name]) for name in ("matmul", "copy"))
 
     def row(seconds: float, flops: float, moved: float) -> dict[str, float]:
-        return {
-            "seconds": seconds,
-            "flops": flops,
-            "of_matmul_rate": flops / seconds / matmul,
-            "of_copy_rate": moved / seconds / copy,
-        }
+        rates = {"of_matmul_rate": flops / seconds / matmul, "of_copy_rate": moved / seconds / copy}
+        return {"seconds": seconds, "flops": flops, "bytes": moved, **rates}
 
-    rows = {
-        name: row(statistics.median(timed[name]), part.times * part.flops, part.times * part.moved * run.mesh.size)
-        | {"counted": part.counted}
+    rows: dict[str, dict[str, Any]] = {
+        name: row(statistics.median(timed[name]), part.flops(), compiled[name][1]) | {"counted": part.counted}
         for name, part in parts.items()
     }
-    counted = {name: part for name, part in parts.items() if part.counted}
-    whole_flops, whole_moved = (sum(p.times * getattr(p, f) for p in counted.values()) for f in ("flops", "moved"))
+    counted = {name: figures for name, figures in rows.items() if figures["counted"]}
     sums = [sum(values) for values in zip(*(timed[name] for name in counted), strict=True)]
-    ratios = [total / one for total, one in zip(sums, timed["whole"], strict=True)]
     seconds = statistics.median(timed["whole"])
+    flops, moved = (sum(figures[kind] for figures in counted.values()) for kind in ("flops", "bytes"))
     host = host_rate(run)
-    speed = c.batch_size / seconds
-    limit = max(counted, key=lambda name: rows[name]["seconds"])
+    waiting = host is not None and host < c.batch_size / seconds
     return {
-        "recipe": f"{c.name}:{c.preset}",
+        "recipe": c.name + (f":{c.preset}" if c.preset else ""),
         "device": f"{run.mesh.size} × {jax.devices()[0].device_kind}",
         "batch_size": c.batch_size,
         "compute_dtype": c.compute_dtype,
-        "images_per_second": speed,
-        "whole": row(seconds, whole_flops, whole_moved * run.mesh.size),
+        "images_per_second": c.batch_size / seconds,
+        "host_images_per_second": host,
+        "whole": row(seconds, flops, moved),  # operations and bytes are the parts'
         "parts": rows,
-        "sum_of_parts_over_whole": statistics.median(ratios),
-        "limit": "the host's input" if not run.resident and host < speed else limit,
-        "hours": r.total_steps * seconds / 3600,
+        "sum_of_parts_over_whole": statistics.median(total / s for total, s in zip(sums, timed["whole"], strict=True)),
+        "limit": "the host's input" if waiting else max(counted, key=lambda name: counted[name]["seconds"]),
         "steps": r.total_steps,
+        "hours": r.total_steps * (c.batch_size / host if waiting else seconds) / 3600,
         "matmul_flops_per_second": matmul,
         "copy_bytes_per_second": copy,
         "compile_seconds": cold,
         "compile_cached_seconds": cached,
-        "peak_bytes": peak_bytes(),
-        "resident": run.resident,
-        "host_images_per_second": host,
+        "peak_bytes": peak,
     }

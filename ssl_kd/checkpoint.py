@@ -102,15 +102,15 @@ class Checkpoints:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
+def write_json(path: Path, value: Any, remedy: str = "choose another --workdir or free space") -> None:
+    """Writes a file whole or not at all. Raises UserError, with the remedy, where that fails."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=2) + "\n")
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --workdir or free space.") from error
+        raise UserError(f"cannot write {path} ({error.strerror}): {remedy}.") from error
 
 
 def read_json(path: Path) -> Any:

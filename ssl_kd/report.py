@@ -1,7 +1,5 @@
 """A run on one screen: what it will cost before it starts, and what it reached."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from ssl_kd.bench import matmul_rate
+from ssl_kd.bench import flops_of, matmul_rate
 from ssl_kd.log import console
 from ssl_kd.state import abstract
-from ssl_kd.step import TrainStep
 from ssl_kd.train import Run
 
 ASSUMED_UTILISATION = 0.4
@@ -43,9 +40,7 @@ def estimate(run: Run) -> None:
     batch, data = run.abstract_inputs()
     compiled = run.train_step().lower(state, run.frozen(), batch, data).compile()
     memory = compiled.memory_analysis()
-    # As written, over all devices; the body of a loop over micro-batches would be counted once.
-    whole = TrainStep(dataclasses.replace(r, accum=1), run.mesh).jit().lower(state, run.frozen(), batch, data)
-    flops = (whole.cost_analysis() or {}).get("flops", math.nan)
+    flops = flops_of(run.train_step().trace(state, run.frozen(), batch, data).jaxpr)
     rate = run.mesh.size * matmul_rate(jnp.dtype(c.compute_dtype))
     seconds = r.total_steps * flops / (rate * ASSUMED_UTILISATION)
     rows = {
@@ -54,7 +49,7 @@ def estimate(run: Run) -> None:
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
         "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
-        "compute": f"{flops / 1e9:,.1f} GFLOP a step, by the compiler",
+        "compute": f"{flops / 1e9:,.1f} GFLOP a step in matrix products and convolutions",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
         f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",
         "workdir": str(run.workdir),
@@ -82,7 +77,8 @@ def bench_table(figures: Mapping[str, Any]) -> Table:
         add(name, row, f"{100 * row['seconds'] / total:.0f} %" if row["counted"] else "")
     table.add_section()
     add("whole step", f["whole"], f"{100 * f['whole']['seconds'] / total:.0f} %")
-    limit = "" if f["resident"] else f" · the host reads {f['host_images_per_second']:,.0f} images/s"
+    host = f["host_images_per_second"]
+    limit = "" if host is None else f" · the host reads {host:,.0f} images/s"
     table.caption = (
         f"{f['images_per_second']:,.0f} images/s{limit} · limit: {f['limit']}\n"
         f"{f['steps']:,} steps: {f['hours']:.2f} hours · peak memory {f['peak_bytes'] / 2**30:.2f} GiB\n"

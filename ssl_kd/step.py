@@ -49,10 +49,19 @@ class TrainStep:
         if data is not None:
             index = batch["index"]
             batch = self.shard({"image": data["image"][index], "label": data["label"][index], "index": index})
-        r = self.recipe
-        whole = self.accumulate(state, frozen, batch) if r.accum > 1 else self.micro(state, frozen, batch, 0)
-        (loss, (push, metrics, batch_stats)), grads = whole
-        trained, averaged, opt = self.advance(state, grads)
+        several = self.recipe.accum > 1
+        outcome, grads = self.accumulate(state, frozen, batch) if several else self.micro(state, frozen, batch, 0)
+        return self.finish(state, batch, outcome, grads)
+
+    def finish(self, state: State, batch: Batch, outcome, grads) -> tuple[State, dict[str, jax.Array]]:
+        """All that follows the gradient: optimizer, averages, memory, and the refusal of what is not finite."""
+        r, (loss, (push, metrics, batch_stats)) = self.recipe, outcome
+        updates, opt = r.optimizer.update(grads, state.opt, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        averaged = {}
+        for name, (source, schedule) in r.method.averaged.items():
+            m = schedule(state.step / r.total_steps)
+            averaged[name] = moving_average(state.averaged[name], trained[source], m)
         new = State(
             step=state.step + 1,
             nonfinite=state.nonfinite,
@@ -73,16 +82,6 @@ class TrainStep:
             **metrics,
         }
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
-
-    def advance(self, state: State, grads) -> tuple[Any, Any, optax.OptState]:
-        """(trained, averaged, opt) after one optimizer step; the averages follow the new parameters."""
-        updates, opt = self.recipe.optimizer.update(grads, state.opt, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        averaged = {}
-        for name, (source, schedule) in self.recipe.method.averaged.items():
-            m = schedule(state.step / self.recipe.total_steps)
-            averaged[name] = moving_average(state.averaged[name], trained[source], m)
-        return trained, averaged, opt
 
     def micro(self, state: State, frozen, batch: Batch, number):
         """((loss, (push, metrics, batch_stats)), grads) of micro-batch `number`, by the memory from before the step."""

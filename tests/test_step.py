@@ -77,16 +77,23 @@ def test_one_device_equals_eight(variant, groups):
     assert worst(a.memory, b.memory) < 2e-4
 
 
-def test_accumulation_equals_one_batch_with_as_many_times_the_groups():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_accumulation_equals_one_batch_with_as_many_times_the_groups(backend, monkeypatch):
+    """Unrolled, as on a CPU, and in a loop, as elsewhere."""
+
     def config(accum, bn_groups):
         c = tiny_config("rekd")
         c.optim.accum, c.bn_groups = accum, bn_groups
         return c
 
-    split, whole = Rig(config(2, 2)), Rig(config(1, 4))
+    whole = Rig(config(1, 4))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    split = Rig(config(2, 2))
     for rig in (split, whole):  # shuffled keys mix the micro-batches, so the two differ by design
         object.__setattr__(rig.recipe, "shuffle_keys", False)
-    (a, metrics_a), (b, metrics_b) = split.run(2), whole.run(2)
+    a, metrics_a = split.run(2)
+    monkeypatch.undo()
+    b, metrics_b = whole.run(2)
     np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
     assert worst(a.trained, b.trained) < 2e-4
     assert worst(a.batch_stats, b.batch_stats) < 2e-4

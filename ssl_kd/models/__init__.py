@@ -120,6 +120,17 @@ def backbone_calls(features: Sequence[Features] | None = None) -> Generator[list
         yield calls
 
 
+def backbone_forward(
+    spec: NetworkSpec, variables: Mapping[str, Any], images: jax.Array, *, norm: str
+) -> tuple[Features, Mapping[str, Any]]:
+    """A backbone alone, on images it takes as they are: its features, and 'batch_stats' as the forward leaves them.
+
+    Args:
+      variables: 'params' and 'batch_stats' of the backbone, without the head's.
+    """
+    return spec.backbone().apply(variables, images, norm=norm, mutable=["batch_stats"])
+
+
 def init_network(spec: NetworkSpec, key: jax.Array, image_size: int) -> dict[str, Any]:
     """Variables {'params', 'batch_stats'} of one network by its own initialisers, whatever a loss would touch."""
     images = jnp.zeros((spec.bn_groups, image_size, image_size, 3))

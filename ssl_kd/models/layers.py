@@ -59,15 +59,18 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     batch, *size = x.shape[:-1]
     height, width = ((n + 2 * padding - k) // stride + 1 for n in size)
     if groups == x.shape[-1] == out_features:
-        taps = kernel.reshape(k * k, out_features)
-        return sum(window * tap for window, tap in zip(_windows(_pad(x, padding, 0), k, stride), taps, strict=True))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        taps = kernel.astype(wide).reshape(k * k, out_features)
+        windows = _windows(_pad(x.astype(wide), padding, 0), k, stride)
+        return sum(window * tap for window, tap in zip(windows, taps, strict=True)).astype(x.dtype)
     if groups > 1:
         return _convolve(x, kernel, stride, padding, groups)
     if _matmul_is_faster(batch, height, width, k, x.shape[-1], stride):
         columns = jnp.concatenate(_windows(_pad(x, padding, 0), k, stride), axis=-1)
         product = columns.reshape(batch * height * width, -1) @ kernel.reshape(-1, out_features)
         return product.reshape(batch, height, width, out_features)
-    return _convolve_by_parts(x, kernel, stride, padding, _batch_parts(batch, height * width, x.shape[-1]))
+    parts = _batch_parts(batch, height * width, x.shape[-1])
+    return _convolve_by_parts(x, kernel, stride, padding, parts) if parts > 1 else _convolve(x, kernel, stride, padding)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -83,7 +86,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve_by_parts(x: jax.Array, kernel: jax.Array, stride: int, padding: int, parts: int) -> jax.Array:
-    """A convolution whose kernel gradient is the sum of those of `parts` equal parts of the batch."""
+    """A convolution whose kernel gradient is the sum of those of `parts` equal parts of the batch; no forward mode."""
     del parts
     return _convolve(x, kernel, stride, padding)
 
@@ -95,13 +98,13 @@ def _forward(x, kernel, stride, padding, parts):
 def _backward(stride, padding, parts, saved, gradient):
     x, kernel = saved
     (of_x,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(gradient)
-    # Every parts-th row, not consecutive ones: rows that are split over devices stay where they are.
+    # Every parts-th row, not consecutive ones: where a device has a multiple of `parts` rows, they stay on it.
     x, gradient = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, gradient))
-    of_kernel = jnp.zeros_like(kernel)
+    of_kernel = jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
     for i in range(parts):
         pull = jax.linear_transpose(lambda kernel, part=x[:, i]: _convolve(part, kernel, stride, padding), kernel)
         of_kernel += pull(gradient[:, i])[0]
-    return of_x, of_kernel
+    return of_x, of_kernel.astype(kernel.dtype)
 
 
 _convolve_by_parts.defvjp(_forward, _backward)

@@ -95,6 +95,20 @@ def test_the_kernel_gradient_by_parts_of_the_batch_equals_lax(shape, parts):
     assert_equals_lax(shape)
 
 
+def test_bfloat16_kernel_gradients_are_added_up_in_float32():
+    x, kernel = normal((16, 16, 16, 32)), normal((3, 3, 32, 4), seed=1)
+
+    def gradient(convolve, dtype):
+        return jax.jit(jax.grad(lambda w: convolve(x.astype(dtype), w).astype(jnp.float32).sum()))(kernel.astype(dtype))
+
+    exact = gradient(lambda x, w: reference_conv(x, w, 1, 1), jnp.float32)
+    ours = gradient(lambda x, w: convolve(x, w, padding=1), jnp.bfloat16)
+    # One rounding of inputs and one of the result: as good as the convolution in one piece.
+    whole = gradient(lambda x, w: reference_conv(x, w, 1, 1), jnp.bfloat16)
+    error, of_whole = (jnp.abs(g.astype(jnp.float32) - exact).mean() for g in (ours, whole))
+    assert ours.dtype == jnp.bfloat16 and error <= 1.2 * of_whole
+
+
 @pytest.mark.parametrize("shape", PLAIN, ids=str)
 def test_convolution_stays_where_the_matmul_is_slower(shape):
     assert "conv_general_dilated" in primitives(shape)
@@ -103,8 +117,9 @@ def test_convolution_stays_where_the_matmul_is_slower(shape):
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_always_convolve(monkeypatch, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    for shape in LOWERED:
-        assert "conv_general_dilated" in primitives(shape)
+    for shape in LOWERED + PARTS:
+        assert "conv_general_dilated" in primitives(shape) and "custom_vjp" not in primitives(shape)
+    assert "conv_general_dilated" in primitives((2, 5, 6, 8, 8, 3, 1, 1), groups=8)
 
 
 def test_grouped_convolution_is_one_convolution_per_group():
