@@ -93,23 +93,21 @@ def test_parts_add_up_to_the_operations_of_the_step(variant, accum, devices):
     assert sum(part.flops() for part in parts.values() if part.counted) == whole
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
-def test_figures_of_a_run(streamed, tmp_path):
-    changes = {"data.resident": "off", "optim.accum": 2} if streamed else {}
-    run = runs.prepared(runs.config(**changes), tmp_path)
+def test_figures_of_a_streamed_run(tmp_path):
+    config = tiny_config("moco_v2")
+    config.update_from_flattened_dict({"data.train": "train[:96]", "data.test": "test[:40]", "data.resident": "off"})
+    config.optim.accum, config.image_size = 2, 28
+    run = runs.prepared(config, tmp_path)
     figures = json.loads(json.dumps(bench(run, budget=0.5), allow_nan=False))
     counted = {name for name, part in figures["parts"].items() if part["counted"]}
     assert counted == {
         "augmentation",
         "student forward + backward",
         "student_momentum forward",
-        "teacher forward + backward",
-        "teacher_momentum forward",
         "heads, relations, losses",
         "optimizer, averages, memory",
     }
-    assert set(figures["parts"]) - counted == {"student forward", "teacher forward"}
+    assert set(figures["parts"]) - counted == {"student forward"}
     assert all(part["seconds"] > 0 for part in figures["parts"].values())
-    assert figures["limit"] in counted
-    assert (figures["host_images_per_second"] is not None) == streamed
+    assert figures["limit"] in counted and figures["host_images_per_second"] > 0
     assert list(tmp_path.iterdir()) == []
