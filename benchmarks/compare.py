@@ -32,7 +32,7 @@ PROTOCOLS = {
             "ReKD, neighbour miner": ("rekd_alexnet", ["--config.method.miner=neighbour"]),
             "ReKD, soft miner": ("rekd_alexnet", ["--config.method.miner=soft"]),
             "ReKD, self as teacher": ("rekd_alexnet", ["--config.method.teacher=self"]),
-            "teacher alone (MoCo-v2)": ("moco_v2_resnet18", ["--config.epochs=40"]),  # as long as the online runs take
+            "teacher alone (MoCo-v2)": ("moco_v2_resnet18", ["--config.epochs=40"]),
             "ReKD, frozen teacher": ("rekd_alexnet", ["--config.teacher.source=workdir:{teacher}"]),
             "ReKD, frozen teacher, soft miner": (
                 "rekd_alexnet",
