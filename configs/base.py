@@ -5,7 +5,7 @@ Override on the command line: --config.batch_size=128 --config.optim.lr=0.06 --c
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from ssl_kd.augment import PRESETS
 from ssl_kd.methods import METHODS
@@ -40,14 +40,9 @@ def get_config() -> ConfigDict:
     c.method = method("moco_v2")
     c.augment = augmentation("mocov2")
 
-    c.optim = ConfigDict()
-    c.optim.name = "sgd"  # 'sgd' | 'adamw'
-    c.optim.lr = 0.03  # peak rate at batch 256; the rate used is lr · batch_size / 256
-    c.optim.momentum = 0.9  # of sgd
-    c.optim.weight_decay = 1e-4
-    c.optim.decay = "all"  # what decays: 'all' | 'weights' (spares biases and batch-norm)
-    c.optim.warmup_epochs = 0.0  # linear warm-up before the cosine to 0
+    c.optim = optimizer()
     c.optim.accum = 1  # micro-batches an optimizer step is split into; unrolled on a CPU: compile time grows with it
+    c.optim.groups = ConfigDict()  # name → optimizer(…) of the parameters under its paths; the others follow c.optim
     c.max_nonfinite = 0  # steps with a non-finite loss or gradient that may be skipped before the run stops
 
     # What follows changes no number of the training run.
@@ -71,9 +66,34 @@ def network(name: str, **changes) -> ConfigDict:
     c.name = name  # a key of ssl_kd.models.MODELS
     c.width = 1.0  # multiplies every channel count
     c.stem = "auto"  # the entry: 'auto' (small up to 64 px) | 'imagenet' | 'small' | 'small_s2' (resnet only)
+    c.head = "mlp"  # what the loss sees: a key of ssl_kd.models.HEADS, or 'none' = the pooled feature
     c.head_hidden = 0  # hidden width of the projection head; 0 = feature width
-    c.dim = 128  # embedding width
+    c.dim = 128  # embedding width; 0 = the teacher's feature width
+    c.thead = 0  # width of MOKD's T-Head; 0 = none
+    c.drop_path = 0.0  # of a ViT: probability of skipping its last block, less for earlier ones
     c.source = "init"
+    c.update(changes)
+    return c
+
+
+def optimizer(name: str = "sgd", **changes) -> ConfigDict:
+    """How a group of parameters is optimized."""
+    c = ConfigDict()
+    c.paths = ()  # of a group's parameters, as 'teacher' or 'student/thead'
+    c.name = name  # 'sgd' | 'adamw'
+    c.lr = 0.03  # peak rate at batch 256; the rate used is lr · batch_size / 256
+    c.momentum = 0.9  # of sgd
+    c.weight_decay = 1e-4
+    c.decay = "all"  # what decays: 'all' | 'weights' (spares biases and norms)
+    c.final_weight_decay = config_dict.placeholder(float)  # end of a cosine from weight_decay; None = constant
+    c.schedule = "cosine"  # of the rate: 'cosine' to final_lr | 'stairs', times `factor` at each milestone
+    c.final_lr = 0.0  # not scaled by the batch size
+    c.milestones = ()  # shares of the run
+    c.factor = 0.1
+    c.warmup_epochs = 0.0  # linear warm-up of the rate
+    c.ramp = "from_zero"  # which warm-up, of the cosine: see ssl_kd.optim.warmup_cosine
+    c.clip = 0.0  # largest norm of each gradient tensor; 0 = any
+    c.last_layer_epochs = 0.0  # first epochs in which the heads' last layers stay as they are
     c.update(changes)
     return c
 
@@ -105,6 +125,9 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
     c.epochs, c.image_size, c.batch_size = 10.0, 28, 128
     c.augment = augmentation("grey", crop_scale=(0.3, 1.0))
     c.student.width = 0.5
+    for role in ("student", "teacher"):
+        if c.get(role, {}).get("name", "").startswith("resnet"):
+            c[role].stem = "small_s2"  # a quarter of the work of 'small'
     c.method.update({key: value for key, value in {"queue": 2048, "momentum": 0.99}.items() if key in c.method})
     c.bn_groups = min(c.bn_groups, 4)
     c.optim.lr = 0.12
@@ -113,7 +136,9 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
     if preset == "smoke":
         c.data.update(train="train[:1024]", test="test[:500]")
         c.epochs, c.batch_size, c.student.width = 2.0, 64, 0.125
-        c.method.queue, c.probe.every_epochs, c.log_every = 256, 1.0, 5
+        c.probe.every_epochs, c.log_every = 1.0, 5
+        if "queue" in c.method:
+            c.method.queue = 256
     if preset == "cifar10":
         c.data.update(source="hf:data/cifar10", train="train[:10000]")
         c.epochs, c.image_size, c.student.width = 16.0, 32, 0.25

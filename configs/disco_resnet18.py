@@ -20,6 +20,4 @@ def get_config(preset: str = ""):
     c.method = base.method("disco")
     c.bn_groups = 8
     base.apply_preset(c, preset)
-    if preset != "imagenet":
-        c.student.stem = "small_s2"
     return c

@@ -15,6 +15,4 @@ def get_config(preset: str = ""):
     c.student = base.network("resnet18")
     c.bn_groups = 8
     base.apply_preset(c, preset)
-    if preset != "imagenet":
-        c.student.stem = "small_s2"
     return c

@@ -18,5 +18,5 @@ def get_config(preset: str = ""):
     c.optim.update(lr=0.05, warmup_epochs=5.0, decay="weights")
     base.apply_preset(c, preset)
     if preset != "imagenet":
-        c.student.update(stem="small_s2", dim=128)
+        c.student.dim = 128
     return c

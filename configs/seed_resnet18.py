@@ -16,6 +16,4 @@ def get_config(preset: str = ""):
     c.teacher = base.network("resnet50")
     c.method = base.method("seed")
     base.apply_preset(c, preset)
-    if preset != "imagenet":
-        c.student.stem = "small_s2"
     return c

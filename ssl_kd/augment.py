@@ -58,8 +58,13 @@ class Augmentation:
 _MOCO_V2 = Augmentation(
     jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5, blur_sigma=(0.1, 2.0)
 )
+# DINO (Caron et al. 2021, arXiv 2104.14294, and the authors' code); a method gives each crop its scale.
+_DINO = dataclasses.replace(_MOCO_V2, saturation=0.2)
 PRESETS: dict[str, Augmentation] = {
     "mocov2": _MOCO_V2,
+    "dino_global1": dataclasses.replace(_DINO, blur=1.0),
+    "dino_global2": dataclasses.replace(_DINO, blur=0.1, solarize=0.2),
+    "dino_local": _DINO,
     "weak": Augmentation(),  # ReSSL's teacher view: crop and flip
     "small": dataclasses.replace(_MOCO_V2, blur=0.0),  # colour images of at most 64 pixels have no detail to blur away
     "grey": Augmentation(jitter=0.8, brightness=0.4, contrast=0.4),  # small grey images: nothing that acts on colour
@@ -290,3 +295,31 @@ def grayscale(planes: Array) -> Array:
 def solarize(planes: Array) -> Array:
     """(3, h, w) in [0, 1] -> the same with the values at or above 0.5 inverted (torchvision's solarize)."""
     return jnp.where(planes >= 0.5, 1 - planes, planes)
+
+
+def cutmix(a: Array, b: Array, lam: Array | float, centre: Array) -> tuple[Array, Array]:
+    """Pastes one box of images b into images a, the same for all rows (CutMix, Yun et al. 2019; arXiv 1905.04899).
+
+    The box has the image's ratio and sides ⌊side · √(1 − lam)⌋, reaches half of that, rounded down, to either side of
+    its centre, and is clipped to the image. In float32 a side next to a whole number may come out one pixel off the
+    float64 one; the share that is returned is counted from the box, whatever it became.
+
+    Args:
+      a, b: (B, H, W, C) of one shape; a receives.
+      lam: scalar in [0, 1], the share of a that is asked for.
+      centre: (2,) integers, row and column in [0, H) and [0, W).
+
+    Returns:
+      The mixed images, and the share of their area that is left of a: a scalar of lam's dtype, at least float32.
+    """
+    height, width = a.shape[1:3]
+    lam = jnp.asarray(lam)
+
+    def inside(side: int, middle: Array) -> Array:
+        half = jnp.floor(side * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
+        place = jnp.arange(side)
+        return (place >= middle - half) & (place < middle + half)
+
+    rows, columns = inside(height, centre[0]), inside(width, centre[1])
+    mixed = jnp.where((rows[:, None] & columns)[..., None], b, a)
+    return mixed, 1 - jnp.sum(rows) * jnp.sum(columns) / (height * width)

@@ -140,7 +140,8 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
         return step.shard(jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), shapes))
 
     def make_views(number, images):
-        return {name: step.shard(view) for name, view in step.views(number, images, rows, order).items()}
+        sources = {"image": images, "mate": images}
+        return {name: step.shard(view) for name, view in step.views(number, sources, rows, order).items()}
 
     pieces = {"augmentation": Part(make_views, (state.step, images), r.accum)}
     views = random(jax.eval_shape(make_views, state.step, images))
@@ -214,9 +215,14 @@ def listed_calls(
     return found
 
 
+def any_bags(run: Run) -> np.ndarray:
+    """Bags that no teacher had to mine: mining is not part of a step."""
+    return np.zeros((len(run.train), run.bag_size), np.int32)
+
+
 def stepper(run: Run) -> Part:
     """The whole step on the run's first batch."""
-    loader = run.loader()
+    loader = run.loader(any_bags(run))
     with closing(loader.batches(0, 1)) as batches:
         batch = next(batches)
     return Part(TrainStep(run.recipe, run.mesh), (run.create_now(), run.frozen(), batch, loader.data), carried=True)
@@ -251,7 +257,7 @@ def host_rate(run: Run) -> float | None:
     if run.resident:
         return None
     ready = 3 * (run.config.data.workers + 1)  # batches that were prefetched before the clock starts
-    with closing(run.loader().batches(0, sys.maxsize >> 1)) as batches:
+    with closing(run.loader(any_bags(run)).batches(0, sys.maxsize >> 1)) as batches:
         for _ in range(ready):
             jax.block_until_ready(next(batches))
         began, count = time.perf_counter(), 0

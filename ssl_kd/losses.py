@@ -52,6 +52,13 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.sum(promote(targets) * jax.nn.log_softmax(promote(logits)), axis=1))
 
 
+def kl_divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """1/B Σ_i KL(softmax(teacher_i) ‖ softmax(student_i)) of logits; both (B, N) (CompRess)."""
+    chex.assert_equal_shape([teacher, student])
+    log_p, log_s = jax.nn.log_softmax(promote(teacher)), jax.nn.log_softmax(promote(student))
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_s), axis=1))
+
+
 def info_nce(logits: jax.Array) -> jax.Array:
     """InfoNCE over `contrast_logits` (B, 1 + K): −mean log softmax(logits)[:, 0] (MoCo, He et al. 2020, eq. 1)."""
     return -jnp.mean(jax.nn.log_softmax(promote(logits))[:, 0])
@@ -142,3 +149,37 @@ def angle_relations(student: jax.Array, teacher: jax.Array) -> jax.Array:
         return jnp.einsum("aid,ajd->aij", rays, rays, precision=HIGHEST)
 
     return jnp.mean(smooth_l1(cosines(student) - cosines(teacher)))
+
+
+def dino_loss(
+    student: jax.Array,
+    teacher: jax.Array,
+    centre: jax.Array,
+    student_temperature: float | jax.Array,
+    teacher_temperature: float | jax.Array,
+) -> jax.Array:
+    """DINO's multi-crop cross-entropy (Caron et al., arXiv 2104.14294), the H of MOKD (arXiv 2304.06461).
+
+    Mean over the pairs of a teacher crop g and a student crop v ≠ g, and over the batch, of
+    −softmax((t_g − c) / τ_t) · log softmax(s_v / τ_s).
+
+    Args:
+      student: (V, B, M) logits; its first G crops are those of the teacher.
+      teacher: (G, B, M) logits.
+      centre: (M,) c.
+      student_temperature, teacher_temperature: τ_s and τ_t.
+
+    Raises:
+      ValueError: there is no pair, or a teacher crop that the student does not have.
+    """
+    crops, globals_ = len(student), len(teacher)
+    if crops < 2 or crops < globals_:
+        raise ValueError(f"{globals_} teacher crops and {crops} student crops: at least 2, and the teacher's first.")
+    targets = jax.nn.softmax((promote(teacher) - promote(centre)) / teacher_temperature)
+    student = promote(student)
+    log_sums = jax.nn.logsumexp(student / student_temperature, axis=-1)
+    # A pair costs log Σ exp(s_v / τ_s) − targets_g · s_v / τ_s, as the targets sum to 1. Every crop with every crop,
+    # less each with itself: sums over crops come first, so that neither V · G products nor log softmax are stored.
+    every = globals_ * jnp.sum(log_sums) - jnp.sum(targets.sum(0) * student.sum(0)) / student_temperature
+    itself = jnp.sum(log_sums[:globals_]) - jnp.sum(targets * student[:globals_]) / student_temperature
+    return (every - itself) / (globals_ * (crops - 1) * student.shape[1])

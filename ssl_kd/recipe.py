@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import typing
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,9 +16,9 @@ from ml_collections import ConfigDict
 
 from ssl_kd.augment import PRESETS, Augmentation
 from ssl_kd.errors import UserError
-from ssl_kd.methods import METHODS, Method
-from ssl_kd.models import MODELS, NetworkSpec
-from ssl_kd.optim import make_optimizer, warmup_cosine
+from ssl_kd.methods import METHODS, Method, View
+from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
+from ssl_kd.optim import Group, Ramp, cosine, make_optimizer, warmup_cosine, warmup_stairs
 
 FREE_KEYS = (
     "name",
@@ -29,6 +30,7 @@ FREE_KEYS = (
     "data.resident",
     "data.workers",
     "max_nonfinite",
+    "method.bag_path",
 )
 """Keys that change no number of the training run: a checkpoint may be resumed with other values."""
 
@@ -45,7 +47,7 @@ class Recipe:
 
     Attributes:
       specs: architecture of every network, averaged ones included.
-      rate: learning rate of a step.
+      rate: learning rate of a step, of the parameters in no group of their own.
       augmentations: views' presets by name.
       seed: of all random streams.
       image_size: side of every view, pixels.
@@ -67,6 +69,20 @@ class Recipe:
     accum: int
     shuffle_keys: bool
     max_nonfinite: int
+
+    def initial(self, name: str) -> dict[str, Any]:
+        """Variables of a network from its own initialisers: a function of the seed and its name."""
+        return init_network(self.specs[name], stream(self.seed, f"init/{name}"), self.image_size)
+
+    def augmentation(self, view: View) -> Augmentation:
+        """What may happen to an image of a view."""
+        preset = self.augmentations[view.preset]
+        return preset if view.scale is None else dataclasses.replace(preset, crop_scale=view.scale)
+
+
+def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
+    """The key of a named random stream at a step: a function of its arguments alone, the same in every process."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -95,19 +111,25 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
-    """The architecture of `config.<role>`. Raises UserError on an unknown name or stem, or too small an image."""
+    """The architecture of `config.<role>`. Raises UserError on an unknown name, head or stem, or too small an image."""
     c = config[role]
     one_of(f"{role}.name", c.name, MODELS)
+    one_of(f"{role}.head", c.head, ("none", *HEADS))
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
-    positive(config, "bn_groups", f"{role}.dim", f"{role}.width", "image_size")
-    not_negative(config, f"{role}.head_hidden")
+    positive(config, "bn_groups", f"{role}.width", "image_size")
+    not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead")
+    if not 0 <= c.drop_path < 1:
+        raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
     stem = ("small" if config.image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
     spec = NetworkSpec(
         name=c.name,
         width=c.width,
         stem=stem,
+        head=c.head,
         head_hidden=c.head_hidden,
         dim=c.dim,
+        thead=c.thead,
+        drop_path=c.drop_path,
         bn_groups=config.bn_groups,
         remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
@@ -121,7 +143,45 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
             f"image_size={config.image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: "
             f"use {least} or more, or a smaller stem."
         )
+    if spec.head == "none":
+        return dataclasses.replace(spec, dim=spec.feature_dim)
+    if spec.dim == 0:
+        if role == "teacher" or "teacher" not in config:
+            raise UserError(f"{role}.dim=0 means the teacher's feature width, and there is no teacher: set a width.")
+        return dataclasses.replace(spec, dim=network_spec(config, "teacher").feature_dim)
     return spec
+
+
+def optimizer_group(config: ConfigDict, key: str, steps_per_epoch: int, total_steps: int) -> Group:
+    """The optimizer at `key` of the config. Raises UserError for the first impossible value."""
+    c = config
+    for name in key.split("."):
+        c = c[name]
+    positive(config, f"{key}.lr", f"{key}.factor")
+    not_negative(config, *(f"{key}.{name}" for name in ("momentum", "weight_decay", "warmup_epochs", "final_lr")))
+    not_negative(config, f"{key}.clip", f"{key}.last_layer_epochs")
+    one_of(f"{key}.name", c.name, ("sgd", "adamw"))
+    one_of(f"{key}.decay", c.decay, ("all", "weights"))
+    one_of(f"{key}.schedule", c.schedule, ("cosine", "stairs"))
+    one_of(f"{key}.ramp", c.ramp, typing.get_args(Ramp))
+    if not all(0 < milestone < 1 for milestone in c.milestones):
+        raise UserError(f"{key}.milestones={tuple(c.milestones)} must be shares of the run, between 0 and 1.")
+    peak, warmup = c.lr * config.batch_size / 256, round(c.warmup_epochs * steps_per_epoch)
+    if c.schedule == "cosine":
+        rate = warmup_cosine(peak, total_steps, warmup, c.final_lr, c.ramp, base=c.lr)
+    else:
+        rate = warmup_stairs(peak, total_steps, warmup, c.milestones, c.factor)
+    final_decay = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
+    return Group(
+        paths=tuple(c.paths),
+        name=c.name,
+        rate=rate,
+        weight_decay=lambda step: cosine(c.weight_decay, final_decay, step / total_steps),
+        decay=c.decay,
+        momentum=c.momentum,
+        clip=c.clip,
+        last_layer_steps=round(c.last_layer_epochs * steps_per_epoch),
+    )
 
 
 def make_method(config: ConfigDict) -> Method:
@@ -152,15 +212,12 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     Raises:
       UserError: for the first impossible value or combination.
     """
-    positive(config, "batch_size", "epochs", "log_every", "optim.lr", "optim.accum", "checkpoint.every_epochs")
+    positive(config, "batch_size", "epochs", "log_every", "optim.accum", "checkpoint.every_epochs")
     positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
-    not_negative(config, "seed", "data.workers", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs")
-    not_negative(config, "max_nonfinite", "probe.every_epochs")
+    not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
     one_of("data.resident", config.data.resident, ("auto", "on", "off"))
     if not config.probe.knn or min(config.probe.knn) < 1:
         raise UserError(f"probe.knn={config.probe.knn} must name at least one k of 1 or more.")
-    one_of("optim.name", config.optim.name, ("sgd", "adamw"))
-    one_of("optim.decay", config.optim.decay, ("all", "weights"))
     method = make_method(config)
     b = config.batch_size
     micro, rest = divmod(b, config.optim.accum)
@@ -171,39 +228,64 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
             f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
             "more."
         )
-    if method.queue < b:
+    if 0 < method.queue < b:
         raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
     if images < b:
         raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
     specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
     specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
     try:
-        jax.eval_shape(lambda: method.init(jax.random.key(0), {name: spec.dim for name, spec in specs.items()}))
+        jax.eval_shape(lambda: method.init(jax.random.key(0), specs))
     except ValueError as error:
         raise UserError(f"{error}.") from error
     per_epoch = images // b
     total = max(1, round(config.epochs * per_epoch))
-    o = config.optim
-    rate = warmup_cosine(o.lr * b / 256, total, round(o.warmup_epochs * per_epoch))
-    optimizer = make_optimizer(o.name, rate, weight_decay=o.weight_decay, decay=o.decay, momentum=o.momentum)
+    keys = ("optim", *(f"optim.groups.{name}" for name in config.optim.groups))
+    groups = [optimizer_group(config, key, per_epoch, total) for key in keys]
     try:
         default = Augmentation(**config.augment)
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
-    return Recipe(
+    recipe = Recipe(
         method=method,
         specs=specs,
-        optimizer=optimizer,
-        rate=rate,
+        optimizer=make_optimizer(groups),
+        rate=groups[0].rate,
         augmentations={**PRESETS, "default": default},
         seed=config.seed,
         image_size=config.image_size,
         steps_per_epoch=per_epoch,
         total_steps=total,
-        accum=o.accum,
+        accum=config.optim.accum,
         shuffle_keys=config.bn_groups > 1,
         max_nonfinite=config.max_nonfinite,
     )
+    check_views(recipe)
+    if config.optim.groups:
+        try:
+            jax.eval_shape(lambda: recipe.optimizer.init({n: recipe.initial(n)["params"] for n in method.trained}))
+        except ValueError as error:
+            raise UserError(f"optim.groups: {error}; 'student/thead' is a path, for example.") from error
+    return recipe
+
+
+def check_views(recipe: Recipe) -> None:
+    """Raises UserError for a crop that a network cannot take, or that cannot be cut."""
+    method = recipe.method
+    for view in method.views.values():
+        recipe.augmentation(view)
+        for name in (*method.trained, *method.frozen) if view.size else ():
+            backbone = recipe.specs[name].backbone()
+            if backbone.fixed_size and view.size != recipe.image_size:
+                raise UserError(
+                    f"{name}.name={recipe.specs[name].name!r} takes images of one size only, but this method gives it "
+                    f"crops of {view.size} and {recipe.image_size} px: choose another network."
+                )
+            if view.size < backbone.min_size:
+                raise UserError(
+                    f"crops of {view.size} px are smaller than {name}.name={recipe.specs[name].name!r} with the "
+                    f"{recipe.specs[name].stem} stem takes: use {backbone.min_size} px or more."
+                )
 
 
 def one_of(key: str, value: Any, choices: Any) -> None:

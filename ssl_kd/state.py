@@ -1,6 +1,5 @@
-"""Everything that changes during a run, how it begins, and the named random streams."""
+"""Everything that changes during a run, and how it begins."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +9,7 @@ import optax
 from flax import struct
 
 from ssl_kd.memory import Memory
-from ssl_kd.models import init_network
-from ssl_kd.recipe import Recipe
+from ssl_kd.recipe import Recipe, stream
 
 
 class State(struct.PyTreeNode):
@@ -36,11 +34,6 @@ class State(struct.PyTreeNode):
     memory: Memory
 
 
-def stream(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
-    """The key of a named random stream at a step: a function of its arguments alone, the same in every process."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
-
-
 def abstract(create: Callable[[], State], sharding: jax.sharding.Sharding) -> State:
     """Shapes, dtypes and one sharding for every leaf of the state that `create` would make; nothing is computed."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(create))
@@ -52,11 +45,11 @@ def create_state(recipe: Recipe, pretrained: Mapping[str, Any] | None = None) ->
     Args:
       pretrained: variables {'params', 'batch_stats'} of trained networks that start from a file instead.
     """
-    method, specs = recipe.method, recipe.specs
+    method = recipe.method
     variables = dict(pretrained or {})
     for name in method.trained:
         if name not in variables:
-            variables[name] = init_network(specs[name], stream(recipe.seed, f"init/{name}"), recipe.image_size)
+            variables[name] = recipe.initial(name)
     for name, (source, _) in method.averaged.items():
         variables[name] = jax.tree.map(jnp.copy, variables[source])  # donated buffers must not alias
     trained = {name: variables[name]["params"] for name in method.trained}
@@ -67,5 +60,5 @@ def create_state(recipe: Recipe, pretrained: Mapping[str, Any] | None = None) ->
         averaged={name: variables[name]["params"] for name in method.averaged},
         batch_stats={name: variables[name].get("batch_stats", {}) for name in (*method.trained, *method.averaged)},
         opt=recipe.optimizer.init(trained),
-        memory=method.init(stream(recipe.seed, "memory"), {name: spec.dim for name, spec in specs.items()}),
+        memory=method.init(stream(recipe.seed, "memory"), recipe.specs),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.augment import augment
+from ssl_kd.data.bags import mates
 from ssl_kd.methods import Context
 from ssl_kd.models import Networks
 from ssl_kd.optim import moving_average
@@ -18,7 +20,13 @@ from ssl_kd.recipe import Recipe
 from ssl_kd.state import State, stream
 
 Batch = Mapping[str, jax.Array]
-"""'index' (B,) int32; and 'image' (B, H, W, 3) uint8, 'label' (B,) int32 unless the data set is resident."""
+"""'index' (B,) int32; and unless the data set is resident, 'image' (B, H, W, 3) uint8, 'label' (B,) int32, and for a
+method with mates, 'mate' (B, H, W, 3) uint8."""
+
+
+def crop_keys(keys: jax.Array, count: int) -> jax.Array:
+    """(B,) keys of images → (B, count) keys of their crops."""
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(count))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -48,7 +56,10 @@ class TrainStep:
     def __call__(self, state: State, frozen, batch: Batch, data) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
             index = batch["index"]
-            batch = self.shard({"image": data["image"][index], "label": data["label"][index], "index": index})
+            batch = {"image": data["image"][index], "label": data["label"][index], "index": index}
+            if "bag" in data:
+                batch["mate"] = data["image"][mates(data["bag"], index, self.recipe.seed, state.step)]
+            batch = self.shard(batch)
         several = self.recipe.accum > 1
         outcome, grads = self.accumulate(state, frozen, batch) if several else self.micro(state, frozen, batch, 0)
         return self.finish(state, batch, outcome, grads)
@@ -91,7 +102,7 @@ class TrainStep:
             key = jax.random.fold_in(stream(self.recipe.seed, "shuffle", state.step), number)
             order = jax.random.permutation(key, count)
             inverse = jnp.argsort(order)
-        views = self.views(state.step, batch["image"], number * count + jnp.arange(count), order)
+        views = self.views(state.step, batch, number * count + jnp.arange(count), order)
         ctx = self.context(state, batch, number, inverse)
         return jax.value_and_grad(self.loss, has_aux=True)(state.trained, state, frozen, views, ctx)
 
@@ -115,28 +126,36 @@ class TrainStep:
         metrics = jax.tree.map(jnp.nanmean, metrics)
         return (loss, (push, metrics, stats)), grads
 
-    def views(self, step: jax.Array, images: jax.Array, row: jax.Array, order: jax.Array | None):
-        """Name → float32 views (B, S, S, 3) of uint8 images; `row` numbers the images within the whole batch."""
+    def views(self, step: jax.Array, batch: Batch, row: jax.Array, order: jax.Array | None):
+        """Name → float32 view of uint8 images, as `View` has it; `row` numbers the images within the whole batch."""
         views = {}
         for name, view in self.recipe.method.views.items():
-            source, number = images, row
+            source, number = batch[view.source], row
             if view.shuffled and order is not None:
                 # uint8 images and row numbers are permuted before augmentation: an image keeps its own key. Unless
                 # told, the compiler leaves the permuted rows, and so this view's networks, whole on every device.
-                source, number = self.shard((images[order], row[order]))
+                source, number = self.shard((source[order], row[order]))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(self.recipe.seed, f"augment/{name}", step), number)
-            order_key = stream(self.recipe.seed, f"jitter order/{name}", step)
-            spec = self.recipe.augmentations[view.preset]
-            views[name] = augment(source, keys, order_key, spec, self.recipe.image_size)
+            make = partial(
+                augment,
+                source,
+                order_key=stream(self.recipe.seed, f"jitter order/{name}", step),
+                spec=self.recipe.augmentation(view),
+                size=view.size or self.recipe.image_size,
+            )
+            # Crops lie on the second axis, so that an image's crops stay on its device.
+            views[name] = jax.vmap(make, 1, 1)(crop_keys(keys, view.count)) if view.count else make(keys)
         return views
 
     def loss(self, trained, state: State, frozen, views, ctx: Context):
         """The method's loss as a function of the trained parameters; the other networks are constants."""
         variables = self.variables(trained, state, frozen)
         run = nn.apply(self.recipe.method.loss, Networks(self.recipe.specs), mutable=["batch_stats"])
-        (loss, aux), updates = run(variables, views, state.memory, ctx)
+        rngs = {"dropout": jax.random.fold_in(ctx.key, 0)}
+        (loss, aux), updates = run(variables, views, state.memory, ctx, rngs=rngs)
         # A frozen network's running statistics stay what they were, whatever its mode.
-        batch_stats = {name: updates["batch_stats"].get(name, old) for name, old in state.batch_stats.items()}
+        moved = updates.get("batch_stats", {})
+        batch_stats = {name: moved.get(name, old) for name, old in state.batch_stats.items()}
         return loss, (aux.push, aux.metrics, batch_stats)
 
     def variables(self, trained, state: State, frozen) -> dict[str, Any]:
@@ -147,9 +166,11 @@ class TrainStep:
         }
 
     def context(self, state: State, batch: Batch, number, inverse: jax.Array | None = None) -> Context:
+        epochs, steps = jnp.divmod(state.step, self.recipe.steps_per_epoch)
         return Context(
             step=state.step,
-            epoch=state.step / self.recipe.steps_per_epoch,
+            # Compiled, a quotient may miss a whole number by its last bit, and an epoch's first step its epoch.
+            epoch=epochs + steps / self.recipe.steps_per_epoch,
             progress=state.step / self.recipe.total_steps,
             key=jax.random.fold_in(stream(self.recipe.seed, "method", state.step), number),
             index=batch["index"],

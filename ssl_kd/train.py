@@ -16,19 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
+from ssl_kd.data.bags import load_or_mine
 from ssl_kd.data.loader import Loader, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
-from ssl_kd.models import init_network
-from ssl_kd.probes.judge import Judge
+from ssl_kd.models.embed import pooled_features
+from ssl_kd.probes.features import extract
+from ssl_kd.probes.judge import Judge, labelled
 from ssl_kd.recipe import Recipe, identity, make_recipe
-from ssl_kd.state import State, abstract, create_state, stream
+from ssl_kd.state import State, abstract, create_state
 from ssl_kd.step import TrainStep
 from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
+
+ARCHITECTURE = ("name", "width", "stem", "head", "head_hidden", "dim", "thead")
+"""Keys of a network that come with its weights."""
 
 IN_FLIGHT = 3
 """Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
@@ -82,7 +88,40 @@ class Run:
         """Decided once: what is free on the device changes when the data is there."""
         return decide_resident(self.config.data.resident, len(self.train) * math.prod(self.train.image_shape))
 
-    def loader(self) -> Loader:
+    @property
+    def bag_size(self) -> int:
+        """Nearest others that every image needs for its mates; 0 where the method has no mates."""
+        has_mates = any(view.source == "mate" for view in self.recipe.method.views.values())
+        return self.config.method.neighbours if has_mates else 0
+
+    def bags(self) -> np.ndarray:
+        """Every image's nearest others in the teacher's features, mined once: int32 (images, bag_size).
+
+        Raises:
+          UserError: for a file of other bags, or one that cannot be written.
+        """
+        if not self.bag_size:
+            return np.zeros((len(self.train), 0), np.int32)
+        c, teacher = self.config, self.pretrained["teacher"]
+
+        def features() -> np.ndarray:
+            console.print("Mining bags: the teacher embeds every image, each finds its nearest others …")
+            spec = dataclasses.replace(teacher.spec, dtype=jnp.float32)
+            apply = Partial(pooled_features(spec, c.image_size), teacher.variables)
+            return extract(apply, labelled(self.train).images, batch_size=c.probe.batch_size, mesh=self.mesh)
+
+        return load_or_mine(
+            Path(c.method.bag_path) if c.method.bag_path else self.workdir / "bags.npz",
+            features,
+            images=len(self.train),
+            neighbours=self.bag_size,
+            data=f"{c.data.source} {c.data.train}, canvas {c.data.canvas}, image_size {c.image_size}",
+            teacher=teacher.digest,
+            progress=lambda done, total: console.print(f"mining: {done:,} of {total:,} images"),
+        )
+
+    def loader(self, bags: np.ndarray) -> Loader:
+        """The batches of the training set, with mates out of bags as `bags` gives them."""
         c = self.config
         return Loader(
             self.train,
@@ -91,20 +130,24 @@ class Run:
             mesh=self.mesh,
             resident=self.resident,
             workers=c.data.workers,
+            bags=bags,
         )
 
     def abstract_inputs(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Shapes of a batch and of the resident data, as the loader would give them."""
 
-        def rows(count: int, sharding: NamedSharding) -> dict[str, Any]:
+        def rows(count: int, sharding: NamedSharding, *images: str) -> dict[str, Any]:
             image = jax.ShapeDtypeStruct((count, *self.train.image_shape), np.uint8, sharding=sharding)
-            return {"image": image, "label": jax.ShapeDtypeStruct((count,), np.int32, sharding=sharding)}
+            label = jax.ShapeDtypeStruct((count,), np.int32, sharding=sharding)
+            return {**dict.fromkeys(images, image), "label": label}
 
-        sharded = NamedSharding(self.mesh, PartitionSpec("data"))
+        sharded, count = NamedSharding(self.mesh, PartitionSpec("data")), len(self.train)
         index = {"index": jax.ShapeDtypeStruct((self.config.batch_size,), np.int32, sharding=sharded)}
         if self.resident:
-            return index, rows(len(self.train), self.replicated)
-        return index | rows(self.config.batch_size, sharded), None
+            bag = jax.ShapeDtypeStruct((count, self.bag_size), np.int32, sharding=self.replicated)
+            return index, rows(count, self.replicated, "image") | ({"bag": bag} if self.bag_size else {})
+        images = ("image", "mate") if self.bag_size else ("image",)
+        return index | rows(self.config.batch_size, sharded, *images), None
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Run:
@@ -123,11 +166,11 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         source = config.get(role, {}).get("source", "init")
         if source.startswith(FROM_WORKDIR):
             pretrained[role] = load_network(source.removeprefix(FROM_WORKDIR))
-            for key in ("name", "width", "stem", "head_hidden", "dim"):
+            for key in ARCHITECTURE:
                 config[role][key] = getattr(pretrained[role].spec, key)
         elif source != "init":
             raise UserError(f"{role}.source={source!r} is unknown: use 'init' or 'workdir:PATH' of an earlier run.")
-    if "teacher" in pretrained and config.method.get("teacher") == "online":
+    if "teacher" in pretrained and config.method.name == "rekd" and config.method.teacher == "online":
         config.method.teacher = "frozen"
         console.print("teacher.source is set, so the teacher is used frozen (method.teacher='frozen').")
     recipe = make_recipe(config, len(train))
@@ -141,7 +184,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     if unused:
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
     for role, network in pretrained.items():
-        expected = jax.eval_shape(lambda role=role: init_network(recipe.specs[role], stream(0, ""), config.image_size))
+        expected = jax.eval_shape(lambda role=role: recipe.initial(role))
         if jax.tree.map(jnp.shape, network.variables) != jax.tree.map(jnp.shape, expected):
             raise UserError(
                 f"{role}.source was trained at image_size={network.config.image_size}, which fixes the shape of its "
@@ -159,9 +202,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
 def fit(run: Run) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint if there is one, and returns the final results.
 
-    In this order: the run's record is compared or written; state restored or created; then for every step: batch,
-    compiled step, and, when due, metrics, kNN probe, checkpoint. The order is part of what makes a resumed run
-    equal an uninterrupted one, bit for bit: a probe reads the state, and only the step changes it.
+    In this order: the run's record is compared or written; state restored or created; bags mined, where the method
+    needs them; then for every step: batch, compiled step, and, when due, metrics, kNN probe, checkpoint. The order is
+    part of what makes a resumed run equal an uninterrupted one, bit for bit: a probe reads the state, and only the
+    step changes it.
 
     Raises:
       UserError: for a work directory of another run, a damaged checkpoint, a full disk, or a diverged run.
@@ -185,8 +229,9 @@ def fit(run: Run) -> dict[str, Any]:
         start, judge = int(state.step), Judge(run)
         with closing(Metrics(run.workdir, start)) as metrics:
             if start < total:
+                loader = run.loader(run.bags())
                 with Interruption() as interruption:
-                    state = loop(run, state, start, checkpoints, metrics, judge, interruption)
+                    state = loop(run, loader, state, start, checkpoints, metrics, judge, interruption)
             checkpoints.wait()
             console.print(f"Trained in {metrics.seconds / 60:.1f} min.")
             results = judge.final(state) | {"step": total, "seconds": metrics.seconds}
@@ -197,6 +242,7 @@ def fit(run: Run) -> dict[str, Any]:
 
 def loop(
     run: Run,
+    loader: Loader,
     state: State,
     start: int,
     checkpoints: Checkpoints,
@@ -208,7 +254,7 @@ def loop(
     c, total, per_epoch = run.config, run.recipe.total_steps, run.recipe.steps_per_epoch
     save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
     probe_every = max(1, round(c.probe.every_epochs * per_epoch)) if c.probe.every_epochs else 0
-    loader, train_step, frozen = run.loader(), run.train_step(), run.frozen()
+    train_step, frozen = run.train_step(), run.frozen()
     knn, paused, began = math.nan, 0.0, math.nan
     flying: deque = deque()
 

@@ -25,6 +25,7 @@ from configs import base
 from ssl_kd.methods import METHODS
 from ssl_kd.models import MODELS, init_network
 from ssl_kd.models.resnet import ResNet
+from ssl_kd.models.vit import ViT
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import create_state, stream
 from ssl_kd.step import TrainStep
@@ -33,12 +34,20 @@ GOLDEN = Path(__file__).parent / "golden"
 
 MODELS["tiny"] = functools.partial(ResNet, stage_sizes=(1, 1), block="basic")
 MODELS["tiny_bottleneck"] = functools.partial(ResNet, stage_sizes=(1,), block="bottleneck")
+MODELS["tiny_vit"] = functools.partial(ViT, embed_dim=16, depth=2, heads=2)
 
 
 @pytest.fixture(scope="session")
 def golden():
     """Loads a fixture of tests/golden/ by name."""
     return lambda name: np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+TINY = {"queue": 40, "momentum": 0.9}
+SPECIAL = {
+    "rekd": {"prototypes": 4, "warmup": 0.0, "neighbours": 3},
+    "mokd": {"local_crops": 2, "local_size": 8, "augmentation": "default", "self_temperature_epochs": 2},
+}
 
 
 def tiny_config(method: str, **method_fields):
@@ -48,11 +57,20 @@ def tiny_config(method: str, **method_fields):
     c.batch_size, c.epochs, c.image_size = 16, 2.0, 12
     c.student = base.network("tiny", width=0.125, stem="small_s2", dim=8)
     c.teacher = base.network("tiny_bottleneck", width=0.125, stem="small_s2", dim=8)
-    fields = {"queue": 40, **({"momentum": 0.9} if "momentum" in METHODS[method].__dataclass_fields__ else {})}
-    fields |= method_fields
-    if method == "rekd":
-        fields = {"prototypes": 4, "warmup": 0.0, "neighbours": 3, **fields}
+    fields = {name: value for name, value in TINY.items() if name in METHODS[method].__dataclass_fields__}
+    fields = {**fields, **SPECIAL.get(method, {}), **method_fields}
     c.method = base.method(method, **fields)
+    if method == "compress":
+        c.student.update(head="linear" if fields.get("queues") == 1 else "none", dim=0)
+    elif method == "simreg":
+        c.student.update(head="regression", dim=0)
+    elif method == "mokd":
+        c.teacher = base.network("tiny_vit", stem="small", head="dino", head_hidden=16, dim=24, thead=16, drop_path=0.1)
+        c.student.update(head="dino", head_hidden=16, dim=24, thead=16)
+        c.optim.groups.teacher = base.optimizer("adamw", paths=("teacher",), lr=0.05, final_weight_decay=0.4)
+        if fields.get("teacher") == "none":
+            c.student.thead = 0
+            del c.teacher, c.optim.groups.teacher
     c.augment = base.augmentation("weak")
     c.optim.lr = 0.5
     return c
@@ -68,12 +86,13 @@ class Rig:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         rng = np.random.default_rng(7)
         side = config.image_size
-        self.data = self.put(
-            {
-                "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
-                "label": rng.integers(0, 3, images).astype(np.int32),
-            }
-        )
+        data = {
+            "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
+            "label": rng.integers(0, 3, images).astype(np.int32),
+        }
+        if any(view.source == "mate" for view in r.method.views.values()):
+            data["bag"] = rng.integers(0, images, (images, 2)).astype(np.int32)
+        self.data = self.put(data)
         self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
         self.step = TrainStep(r, self.mesh).jit()
 
@@ -110,6 +129,12 @@ VARIANTS = {
     "disco": ("disco", {"distance": 0.5, "angle": 0.5}),
     "seed": ("seed", {}),
     "ressl": ("ressl", {}),
+    "compress": ("compress", {}),
+    "compress-1q": ("compress", {"queues": 1}),
+    "simreg": ("simreg", {}),
+    "bingo": ("bingo", {"single_epochs": 0.5}),
+    "mokd": ("mokd", {}),
+    "mokd-alone": ("mokd", {"teacher": "none"}),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssl_kd import augment as module
-from ssl_kd.augment import PRESETS, Augmentation, augment, blur_matrix, crop_box, resample_weights
+from ssl_kd.augment import PRESETS, Augmentation, augment, blur_matrix, crop_box, cutmix, resample_weights
 from ssl_kd.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "augment.npz")
@@ -351,3 +351,43 @@ def test_hue_against_colorsys(shift):
 def test_a_value_outside_its_range_is_named(mistake):
     with pytest.raises(UserError, match=f"'{next(iter(mistake))}'"):
         Augmentation(**mistake)
+
+
+# --- CutMix
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", range(3))
+def test_cutmix_is_the_authors(golden, exact, case):
+    fixture = golden("bingo_loss")
+    with jax.enable_x64(exact):
+        a, b = (jnp.moveaxis(jnp.asarray(fixture[f"in_cutmix_{name}"]), 1, -1) for name in "ab")
+        lam = jnp.asarray(fixture["in_cutmix_lam_drawn"][case], jnp.float64 if exact else jnp.float32)
+        mixed, share = jax.jit(cutmix, compiler_options=QUICK)(a, b, lam, fixture["in_cutmix_center"][case])
+        np.testing.assert_array_equal(np.moveaxis(mixed, -1, 1), fixture["out_cutmix"][case])
+        assert share.dtype == lam.dtype and float(share) == fixture["out_cutmix_lam"][case]  # a sum of eighths
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (7, 7), (1, 9)])
+def test_cutmix_pastes_one_clipped_box_and_returns_the_share_that_is_left(height, width):
+    rng = np.random.default_rng(0)
+    a, b = np.zeros((2, height, width, 3), np.float32), np.ones((2, height, width, 3), np.float32)
+    compiled = jax.jit(cutmix, compiler_options=QUICK)
+    for lam in rng.beta(1, 1, 30).astype(np.float32):
+        centre = rng.integers(0, (height, width))
+        mixed, share = compiled(a, b, lam, centre)
+        expected = a.copy()
+        half_y, half_x = (int(side * np.sqrt(1 - lam)) // 2 for side in (height, width))
+        for y in range(max(0, centre[0] - half_y), min(height, centre[0] + half_y)):
+            for x in range(max(0, centre[1] - half_x), min(width, centre[1] + half_x)):
+                expected[:, y, x] = 1
+        np.testing.assert_array_equal(mixed, expected)
+        np.testing.assert_allclose(share, 1 - expected.mean(), atol=1e-6)
+
+
+def test_cutmix_at_its_ends():
+    a, b = noise(2, 8, 8, 3) / 255, 1 - noise(2, 8, 8, 3) / 255
+    for lam, expected in ((1.0, a), (0.0, b)):
+        mixed, share = cutmix(a, b, lam, np.array([4, 4]))
+        np.testing.assert_array_equal(mixed, np.float32(expected))
+        assert share == lam

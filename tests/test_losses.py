@@ -7,12 +7,14 @@ import pytest
 
 from ssl_kd.losses import (
     contrast_logits,
+    dino_loss,
     info_nce,
     normalize,
     relation_targets,
     similarity,
     sinkhorn,
     soft_cross_entropy,
+    squared_distance,
 )
 from ssl_kd.memory import Queue
 
@@ -121,3 +123,57 @@ def test_three_sinkhorn_iterations_equal_a_naive_loop():
 def test_sinkhorn_survives_a_prototype_nobody_is_near():
     codes = sinkhorn(jnp.array([[1.0, -9.0], [1.0, -9.0]]))
     assert jnp.all(jnp.isfinite(codes))
+
+
+def naive_dino_loss(student, teacher, centre, student_temperature, teacher_temperature):
+    pairs = []
+    for g, targets in enumerate(teacher):
+        for v, logits in enumerate(student):
+            if v != g:
+                target = jax.nn.softmax((targets - centre) / teacher_temperature)
+                pairs.append(soft_cross_entropy(logits / student_temperature, target))
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("crops", "globals_", "batch", "dim"), [(2, 1, 1, 3), (2, 2, 3, 5), (5, 2, 4, 7), (3, 3, 2, 4)]
+)
+def test_dino_loss_equals_a_naive_loop_over_pairs(crops, globals_, batch, dim):
+    rng = np.random.default_rng(crops)
+    student, teacher, centre = (
+        jnp.float32(rng.normal(size=shape)) for shape in ((crops, batch, dim), (globals_, batch, dim), (dim,))
+    )
+    ours, reference = (
+        jax.jit(jax.value_and_grad(loss))(student, teacher, centre, 0.1, 0.05) for loss in (dino_loss, naive_dino_loss)
+    )
+    for a, b in zip(ours, reference, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_dino_loss_of_a_student_that_knows_nothing_is_the_log_of_the_width():
+    """In bfloat16 too: it is computed in float32."""
+    teacher = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 50)), jnp.bfloat16)
+    value = dino_loss(jnp.full((4, 3, 50), 7, jnp.bfloat16), teacher, jnp.zeros(50), 0.1, 0.04)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, np.log(50), rtol=1e-5)
+
+
+def test_dino_loss_and_its_gradient_are_finite_for_confident_logits():
+    student = jnp.array([[[1e4, 0.0]], [[0.0, 1e4]]])
+    value, grad = jax.value_and_grad(dino_loss)(student, student, jnp.zeros(2), 0.1, 0.04)
+    np.testing.assert_allclose(value, 1e5, rtol=1e-6)
+    np.testing.assert_allclose(grad, 5 * np.array([[[1, -1]], [[-1, 1]]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("crops", "globals_"), [(1, 1), (1, 2), (2, 3)])
+def test_dino_loss_needs_pairs(crops, globals_):
+    with pytest.raises(ValueError, match=f"{globals_} teacher crops and {crops} student crops"):
+        dino_loss(jnp.zeros((crops, 2, 3)), jnp.zeros((globals_, 2, 3)), jnp.zeros(3), 0.1, 0.04)
+
+
+def test_squared_distance_of_unit_rows_is_two_minus_two_cosines():
+    """SimReg's loss."""
+    rng = np.random.default_rng(3)
+    a, b = unit(rng, 6, 5), unit(rng, 6, 5)
+    value = squared_distance(normalize(jnp.float32(3 * a)), jnp.float32(b))
+    np.testing.assert_allclose(value, np.mean(2 - 2 * np.sum(a * b, axis=1)), rtol=1e-5)

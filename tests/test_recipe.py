@@ -39,7 +39,7 @@ def test_every_recipe_builds(name, preset):
             apply = nets.apply(variables, images, method=lambda n, x: getattr(n, role).embed(x, norm="running"))
             return apply
 
-        assert jax.eval_shape(embed, variables, images).shape == (config.batch_size, config[role].dim)
+        assert jax.eval_shape(embed, variables, images).shape == (config.batch_size, recipe.specs[role].dim)
 
 
 def test_the_imagenet_preset_is_the_papers_setting():

@@ -34,8 +34,8 @@ def test_three_steps_train_what_is_trained_with_one_trace(variant):
             after = dict(jax.tree_util.tree_leaves_with_path(last.trained[name]))[path]
             assert np.isfinite(after).all()
             assert not np.array_equal(before, after), f"{name}{jax.tree_util.keystr(path)} never moved"
-    for name in (*method.trained, *method.averaged):  # every network's statistics follow its own forwards
-        assert worst(first.batch_stats[name], last.batch_stats[name]) > 1e-3
+    for name, stats in first.batch_stats.items():  # every network's statistics follow its own forwards
+        assert not stats or worst(stats, last.batch_stats[name]) > 1e-3
 
 
 @every_method

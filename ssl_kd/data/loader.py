@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.data import sources
+from ssl_kd.data.bags import mates
 from ssl_kd.errors import UserError
 
 SHARDED, REPLICATED = PartitionSpec("data"), PartitionSpec()
@@ -62,6 +63,7 @@ class HostBatch:
     seed: int
     rows: np.ndarray  # (b,) positions of this process within the global batch
     threads: int
+    bags: np.ndarray  # int32 (N, k), every image's nearest others; k = 0: no mates
 
     def indices(self, step: int) -> np.ndarray:
         """int32 (b,): which images."""
@@ -70,8 +72,13 @@ class HostBatch:
         return epoch_order(self.seed, epoch, n)[k * self.batch_size + self.rows]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """image uint8 (b, H, W, 3), label int32 (b,), index int32 (b,)."""
-        return sources.gather(self.source, self.indices(step), self.threads)
+        """image uint8 (b, H, W, 3), label int32 (b,), index int32 (b,); with bags also mate uint8 (b, H, W, 3)."""
+        index = self.indices(step)
+        batch = sources.gather(self.source, index, self.threads)
+        if self.bags.shape[1]:
+            mate = mates(self.bags, index, self.seed, step)
+            batch["mate"] = sources.gather(self.source, mate, self.threads)["image"]
+        return batch
 
 
 class Loader:
@@ -79,7 +86,8 @@ class Loader:
 
     Attributes:
       steps_per_epoch: S = N // B.
-      data: resident sets: {'image': uint8 (N, H, W, 3), 'label': int32 (N,)}, replicated on the mesh; else None.
+      data: resident sets: {'image': uint8 (N, H, W, 3), 'label': int32 (N,)} and with bags {'bag': int32 (N, k)},
+        replicated on the mesh; else None.
 
     Args:
       batch_size: B, over all processes.
@@ -87,6 +95,7 @@ class Loader:
       resident: hold the decoded set on the devices and send only indices.
       workers: reader processes; 0 reads in threads of this process, which scales while decoding dominates (it releases
         the interpreter's lock). With workers, the script must be guarded by `if __name__ == "__main__"`.
+      bags: int32 (N, k), k others of every image, of which it gets one as its mate of the step (`ssl_kd.data.bags`).
 
     Raises: UserError when the set is smaller than a batch, or a batch does not divide over the mesh.
     """
@@ -100,6 +109,7 @@ class Loader:
         mesh: jax.sharding.Mesh | None,
         resident: bool,
         workers: int = 0,
+        bags: np.ndarray | None = None,
     ) -> None:
         n, shards = len(source), mesh.shape["data"] if mesh else 1
         if batch_size < 1 or n < batch_size:
@@ -109,17 +119,20 @@ class Loader:
         self.steps_per_epoch = n // batch_size
         self._mesh, self._workers = mesh, workers
         threads = max(1, (os.cpu_count() or 1) // max(1, workers))
-        self._host = HostBatch(source, batch_size, seed, self._own_rows(batch_size), threads)
+        bags = np.zeros((n, 0), np.int32) if bags is None else bags
+        self._host = HostBatch(source, batch_size, seed, self._own_rows(batch_size), threads, bags)
         self.data: dict[str, jax.Array] | None = None
         if resident:
             image, label = sources.arrays(source)
             self.data = {"image": self._place(image, REPLICATED), "label": self._place(label, REPLICATED)}
+            if bags.shape[1]:
+                self.data["bag"] = self._place(bags, REPLICATED)
 
     def batches(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
         """The batches of steps start, …, stop - 1, sharded over 'data'.
 
-        Resident sets give {'index': int32 (B,)}; others also 'image' uint8 (B, H, W, 3) and 'label' int32 (B,), with
-        one batch already sent to the devices while the step before it runs.
+        Resident sets give {'index': int32 (B,)}; others also 'image' uint8 (B, H, W, 3), with bags 'mate' alike, and
+        'label' int32 (B,), with one batch already sent to the devices while the step before it runs.
 
         Raises: UserError from the source, the same sentence also when a worker process met it.
         """

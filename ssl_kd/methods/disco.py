@@ -14,6 +14,7 @@ import jax
 from ssl_kd.losses import angle_relations, contrast_logits, distance_relations, info_nce, normalize, squared_distance
 from ssl_kd.memory import Queue, random_unit_rows
 from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_equal_widths, require_ranges
+from ssl_kd.models import NetworkSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,9 @@ class DisCo:
     def views(self) -> Mapping[str, View]:
         return {"query": View(), "key": View(shuffled=True)}
 
-    def init(self, key: jax.Array, dims: Mapping[str, int]) -> Queue:
-        require_equal_widths("disco", dims)
-        return Queue.create(key=random_unit_rows(key, "key", self.queue, dims["student"]))
+    def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> Queue:
+        require_equal_widths("disco", specs)
+        return Queue.create(key=random_unit_rows(key, "key", self.queue, specs["student"].dim))
 
     def loss(self, nets, views, memory: Queue, ctx: Context) -> tuple[jax.Array, Aux]:
         def key_view(network, norm):

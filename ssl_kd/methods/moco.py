@@ -8,6 +8,7 @@ import jax
 from ssl_kd.losses import contrast_logits, info_nce, normalize
 from ssl_kd.memory import Queue, random_unit_rows
 from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_ranges
+from ssl_kd.models import NetworkSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class MoCo:
     def views(self) -> Mapping[str, View]:
         return {"query": View(), "key": View(shuffled=True)}
 
-    def init(self, key: jax.Array, dims: Mapping[str, int]) -> Queue:
-        return Queue.create(key=random_unit_rows(key, "key", self.queue, dims["student"]))
+    def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> Queue:
+        return Queue.create(key=random_unit_rows(key, "key", self.queue, specs["student"].dim))
 
     def loss(self, nets, views, memory: Queue, ctx: Context) -> tuple[jax.Array, Aux]:
         q = normalize(nets.student.embed(views["query"], norm="batch"))

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
 from ssl_kd.memory import Memory
+from ssl_kd.models import NetworkSpec
+from ssl_kd.optim import cosine as cosine_between
 
 Schedule = Callable[[jax.Array], jax.Array | float]
 """Progress of the run in [0, 1] (float32 scalar) → value."""
@@ -15,16 +17,25 @@ Schedule = Callable[[jax.Array], jax.Array | float]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How one augmented view is made.
+    """How one augmented view is made: (B, S, S, 3), or (B, count, S, S, 3) of several crops.
 
     Attributes:
       preset: a name of `augment.PRESETS`, or 'default' for the recipe's `config.augment`.
       shuffled: made from the batch in a random row order, so that batch-norm groups of the key differ from the
         query's (MoCo's shuffled BN); restore embeddings with `Context.unshuffle`.
+      source: the image itself, or its mate: one of the `neighbours` (a field of the method) nearest to it in the frozen
+        teacher's features, another one in every step.
+      size: side S, pixels; 0 = the recipe's image_size.
+      scale: area of the crop over area of the image, from and to; None = the preset's.
+      count: crops of each image; 0 = one, without an axis for it.
     """
 
     preset: str = "default"
     shuffled: bool = False
+    source: Literal["image", "mate"] = "image"
+    size: int = 0
+    scale: tuple[float, float] | None = None
+    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Context:
 
     Attributes:
       step: int32 scalar, optimizer steps done.
-      epoch: float32 scalar, step / steps per epoch.
+      epoch: float32 scalar, step / steps per epoch, exact where it is whole.
       progress: float32 scalar, step / total steps.
       key: PRNG key of this micro-batch.
       index: (B,) int32, position of each image in the data set.
@@ -59,7 +70,8 @@ class Aux:
     """What a loss returns beside its value.
 
     Attributes:
-      push: dict of (B, ...) arrays handed to `update`, in batch order; under accumulation they are concatenated.
+      push: dict of arrays handed to `update`: rows of images, in batch order, or one row of the micro-batch; under
+        accumulation they are concatenated.
       metrics: dict of scalars to log.
     """
 
@@ -96,8 +108,8 @@ class Method(Protocol):
     @property
     def views(self) -> Mapping[str, View]: ...
 
-    def init(self, key: jax.Array, dims: Mapping[str, int]) -> Memory:
-        """The memory of step 0; `dims` is each network's embedding width. Raises ValueError if they do not fit."""
+    def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> Memory:
+        """The memory of step 0. Raises ValueError if the networks do not fit the method or each other."""
         ...
 
     def loss(self, nets: Any, views: Mapping[str, jax.Array], memory: Memory, ctx: Context) -> tuple[jax.Array, Aux]:
@@ -112,6 +124,11 @@ class Method(Protocol):
 def constant(value: float) -> Schedule:
     """The schedule that stays at `value`."""
     return lambda progress: value
+
+
+def cosine(start: float, end: float) -> Schedule:
+    """The schedule that goes from `start` to `end` along half a cosine."""
+    return lambda progress: cosine_between(start, end, progress)
 
 
 def require_ranges(
@@ -129,10 +146,11 @@ def require_ranges(
                 raise ValueError(f"method.{name}={getattr(method, name)} must be {rule}")
 
 
-def require_equal_widths(method: str, dims: Mapping[str, int]) -> None:
+def require_equal_widths(method: str, specs: Mapping[str, NetworkSpec]) -> None:
     """Raises ValueError unless student and teacher embed into the same width."""
-    if dims["student"] != dims["teacher"]:
+    student, teacher = specs["student"].dim, specs["teacher"].dim
+    if student != teacher:
         raise ValueError(
-            f"method.name={method!r} compares embeddings of equal width, but student.dim={dims['student']} and "
-            f"teacher.dim={dims['teacher']}: set them alike"
+            f"method.name={method!r} compares embeddings of equal width, but student.dim={student} and "
+            f"teacher.dim={teacher}: set them alike"
         )

@@ -27,6 +27,7 @@ from ssl_kd.losses import (
 )
 from ssl_kd.memory import PrototypeBank, Queue, random_unit_rows
 from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_ranges
+from ssl_kd.models import NetworkSpec
 
 
 class ReKDMemory(struct.PyTreeNode):
@@ -117,15 +118,19 @@ class ReKD:
             return False
         return self.teacher == "online" or self.miner in ("neighbour", "soft") or self.knowledge == "response"
 
-    def init(self, key: jax.Array, dims: Mapping[str, int]) -> ReKDMemory:
-        if self.knowledge == "response" and dims["student"] != dims["teacher"]:
+    def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> ReKDMemory:
+        if self.knowledge == "response" and specs["student"].dim != specs["teacher"].dim:
             raise ValueError(
                 "method.knowledge='response' compares embeddings of equal width, but "
-                f"student.dim={dims['student']} and teacher.dim={dims['teacher']}: set them alike"
+                f"student.dim={specs['student'].dim} and teacher.dim={specs['teacher'].dim}: set them alike"
             )
         unknown = jnp.full((self.queue,), -1, jnp.int32)
-        rows = {"key": random_unit_rows(key, "key", self.queue, dims["student"]), "filled": unknown, "label": unknown}
-        teacher_dim = dims["student" if self.teacher == "self" else "teacher"]
+        rows = {
+            "key": random_unit_rows(key, "key", self.queue, specs["student"].dim),
+            "filled": unknown,
+            "label": unknown,
+        }
+        teacher_dim = specs["student" if self.teacher == "self" else "teacher"].dim
         if self._stores_teacher:
             rows["teacher"] = random_unit_rows(key, "teacher", self.queue, teacher_dim)
         bank = None

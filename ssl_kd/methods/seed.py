@@ -8,6 +8,7 @@ import jax
 from ssl_kd.losses import contrast_logits, normalize, soft_cross_entropy
 from ssl_kd.memory import Queue, random_unit_rows
 from ssl_kd.methods.protocol import Aux, Context, Schedule, View, require_equal_widths, require_ranges
+from ssl_kd.models import NetworkSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,9 @@ class SEED:
     def views(self) -> Mapping[str, View]:
         return {"image": View()}
 
-    def init(self, key: jax.Array, dims: Mapping[str, int]) -> Queue:
-        require_equal_widths("seed", dims)
-        return Queue.create(teacher=random_unit_rows(key, "teacher", self.queue, dims["teacher"]))
+    def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> Queue:
+        require_equal_widths("seed", specs)
+        return Queue.create(teacher=random_unit_rows(key, "teacher", self.queue, specs["teacher"].dim))
 
     def loss(self, nets, views, memory: Queue, ctx: Context) -> tuple[jax.Array, Aux]:
         s = normalize(nets.student.embed(views["image"], norm="batch"))

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from ssl_kd.models.alexnet import AlexNet
-from ssl_kd.models.heads import MLPHead
+from ssl_kd.models.heads import DINOHead, LinearHead, MLPHead, RegressionHead, THead, TokenReduce
 from ssl_kd.models.layers import Features
 from ssl_kd.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
+from ssl_kd.models.vit import ViTBase, ViTSmall, ViTTiny
 
 MODELS: dict[str, Callable[..., Any]] = {
     "alexnet": AlexNet,
@@ -24,6 +25,19 @@ MODELS: dict[str, Callable[..., Any]] = {
     "resnet50": ResNet50,
     "resnet101": ResNet101,
     "resnet152": ResNet152,
+    "vit_tiny": ViTTiny,
+    "vit_small": ViTSmall,
+    "vit_base": ViTBase,
+}
+
+HEADS: dict[str, Callable[["NetworkSpec"], nn.Module]] = {
+    "mlp": lambda s: MLPHead(hidden=s.head_hidden or s.feature_dim, out=s.dim, dtype=s.dtype),
+    "linear": lambda s: LinearHead(out=s.dim, dtype=s.dtype),
+    "regression": lambda s: RegressionHead(out=s.dim, layers=4, bn_groups=s.bn_groups, dtype=s.dtype),
+    "regression_linear": lambda s: RegressionHead(out=s.dim, layers=2, bn_groups=s.bn_groups, dtype=s.dtype),
+    "dino": lambda s: DINOHead(
+        hidden=s.head_hidden or 2048, out=s.dim, fixed_norm=not s.backbone().transformer, dtype=s.dtype
+    ),
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,8 +52,11 @@ class NetworkSpec:
       name: a key of MODELS.
       width: multiplies every channel count.
       stem: the backbone's entry, 'imagenet' or one for small images.
-      head_hidden: hidden width of the MLP head; 0 = the backbone's feature width (MoCo-v2).
+      head: a key of HEADS, or 'none', where the embedding is the pooled feature.
+      head_hidden: hidden width of the head; 0 = the backbone's feature width (MoCo-v2), 2048 in DINO's.
       dim: embedding width.
+      thead: width of the tokens of MOKD's T-Head; 0 = it has none.
+      drop_path: stochastic depth of a ViT, the probability at its last block.
       bn_groups: independent batch-norm groups of a batch.
       remat: recompute residual blocks in the backward pass: less memory, about a forward more time.
       dtype: compute dtype; parameters, statistics and embeddings stay float32.
@@ -48,39 +65,87 @@ class NetworkSpec:
     name: str
     width: float = 1.0
     stem: str = "imagenet"
+    head: str = "mlp"
     head_hidden: int = 0
     dim: int = 128
+    thead: int = 0
+    drop_path: float = 0.0
     bn_groups: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
 
-    def backbone(self) -> nn.Module:
-        make = MODELS[self.name]
-        return make(width=self.width, stem=self.stem, bn_groups=self.bn_groups, remat=self.remat, dtype=self.dtype)
+    def backbone(self) -> Any:
+        """The backbone's module."""
+        options = {"width": self.width, "stem": self.stem, "bn_groups": self.bn_groups, "remat": self.remat}
+        if self.drop_path:
+            options["drop_path"] = self.drop_path
+        return MODELS[self.name](**options, dtype=self.dtype)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the backbone's pooled feature."""
+        return self.backbone().pooled_dim
 
 
 class Network(nn.Module):
-    """A backbone and a projection head, with its own preprocessing at the entry."""
+    """A backbone and its heads, with its own preprocessing at the entry."""
 
     spec: NetworkSpec
 
     def setup(self) -> None:
-        self.backbone = self.spec.backbone()
-        hidden = self.spec.head_hidden or self.backbone.pooled_dim
-        self.head = MLPHead(hidden=hidden, out=self.spec.dim, dtype=self.spec.dtype)
+        spec = self.spec
+        self.backbone = spec.backbone()
+        self.head = HEADS[spec.head](spec) if spec.head != "none" else None
+        if spec.thead:
+            if not self._native_tokens:
+                self.reduce = TokenReduce(spec.thead, dtype=spec.dtype)
+            self.thead = THead(dim=spec.thead, heads=max(1, spec.thead // 64), out=spec.dim, dtype=spec.dtype)
 
     def features(self, images: jax.Array, *, norm: str, dropout: bool = False) -> Features:
         """Images (B, H, W, 3) in [0, 1] → stages and pooled feature; `norm` is 'batch' or 'running' statistics."""
         x = (images - jnp.array(IMAGENET_MEAN, images.dtype)) / jnp.array(IMAGENET_STD, images.dtype)
         return self.backbone(x.astype(self.spec.dtype), norm=norm, dropout=dropout)
 
-    def project(self, features: Features) -> jax.Array:
+    def project(self, features: Features, *, norm: str) -> jax.Array:
         """Pooled feature → embedding (B, dim) float32, not normalised."""
-        return self.head(features.pooled)
+        return features.pooled if self.head is None else self.head(features.pooled, norm=norm)
 
     def embed(self, images: jax.Array, *, norm: str, dropout: bool = False) -> jax.Array:
         """`project(features(images))`."""
-        return self.project(self.features(images, norm=norm, dropout=dropout))
+        return self.project(self.features(images, norm=norm, dropout=dropout), norm=norm)
+
+    @property
+    def _native_tokens(self) -> bool:
+        """Whether the T-Head takes the backbone's tokens as they are."""
+        return self.backbone.transformer and self.spec.thead == self.spec.feature_dim
+
+    def _tokens(self, maps: jax.Array) -> jax.Array:
+        """(B, h, w, C) → (B, h · w, thead)."""
+        return maps.reshape(maps.shape[0], -1, maps.shape[3]) if self._native_tokens else self.reduce(maps)
+
+    def query(self, features: Features) -> jax.Array:
+        """What another network's T-Head is asked with (MOKD): (B, thead), the mean token, or a ViT's class token."""
+        asked = features.pooled[:, None, None] if self.backbone.transformer else features.map
+        return jnp.mean(self._tokens(asked), axis=1)
+
+    def search(self, features: Features, query: jax.Array | None = None) -> jax.Array:
+        """T-Head's output (B, dim) float32 over the tokens of the last map.
+
+        Args:
+          query: (B · n, thead) of another network, n in a row of each image: MOKD's feature search, (B · n, dim).
+        """
+        batch, height, width, _ = features.map.shape
+        tokens = self._tokens(features.map)
+        if query is not None:
+            tokens = jnp.repeat(tokens, query.shape[0] // batch, axis=0)
+        return self.thead(tokens, (height, width), query)
+
+    def everything(self, images: jax.Array) -> None:
+        """Calls every part once, for initialisation."""
+        features = self.features(images, norm="batch")
+        self.project(features, norm="batch")
+        if self.spec.thead:
+            self.search(features)
 
 
 class Networks(nn.Module):
@@ -134,4 +199,4 @@ def backbone_forward(
 def init_network(spec: NetworkSpec, key: jax.Array, image_size: int) -> dict[str, Any]:
     """Variables {'params', 'batch_stats'} of one network by its own initialisers, whatever a loss would touch."""
     images = jnp.zeros((spec.bn_groups, image_size, image_size, 3))
-    return dict(Network(spec).init(key, images, norm="batch", method="embed"))
+    return {"batch_stats": {}, **Network(spec).init(key, images, method="everything")}

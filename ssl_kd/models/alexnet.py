@@ -5,6 +5,7 @@ connected layers of 4096 with bias and ReLU but neither batch norm nor dropout. 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -43,6 +44,9 @@ class AlexNet(nn.Module):
     bn_groups: int = 1
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+
+    transformer: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = True
 
     @property
     def min_size(self) -> int:

@@ -41,5 +41,5 @@ def batch_calibrated(spec: NetworkSpec, variables: Any, images: np.ndarray, size
         variables, preprocess(jnp.asarray(images), size), norm="batch", method="features", mutable=["batch_stats"]
     )
     a = BatchNorm.momentum
-    stats = jax.tree.map(lambda r, new: (new - a * r) / (1 - a), variables["batch_stats"], after["batch_stats"])
+    stats = jax.tree.map(lambda r, new: (new - a * r) / (1 - a), variables["batch_stats"], after.get("batch_stats", {}))
     return {**variables, "batch_stats": stats}

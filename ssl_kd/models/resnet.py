@@ -5,7 +5,7 @@ Modules carry torchvision's names with '_' for '.', so that checkpoints map name
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -81,6 +81,9 @@ class ResNet(nn.Module):
     remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
     zero_init_residual: bool = False
     dtype: DTypeLike = jnp.float32
+
+    transformer: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = False
 
     @property
     def min_size(self) -> int:

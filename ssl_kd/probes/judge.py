@@ -15,10 +15,9 @@ from jax.tree_util import Partial
 from ssl_kd.data.sources import Source, Subset, arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import console
-from ssl_kd.models import init_network
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
-from ssl_kd.state import State, stream
+from ssl_kd.state import State
 from ssl_kd.trained import load_network
 
 if TYPE_CHECKING:
@@ -70,10 +69,11 @@ class Judge:
 
     def random_features(self) -> Partial:
         """The evaluated network with the weights the run began with, its batch-norm fitted to a few images."""
-        c, spec = self.run.config, self.run.recipe.specs[self.role]
-        fresh = init_network(spec, stream(c.seed, f"init/{self.role}"), c.image_size)
+        recipe = self.run.recipe
+        source, _ = recipe.method.averaged.get(self.role, (self.role, None))  # an average begins as a copy
         images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
-        return Partial(self.apply, batch_calibrated(spec, fresh, images, c.image_size))
+        calibrated = batch_calibrated(recipe.specs[source], recipe.initial(source), images, recipe.image_size)
+        return Partial(self.apply, calibrated)
 
 
 def sample(source: Source, count: int) -> Source:
