@@ -20,11 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.models import backbone_calls, backbone_forward
+from ssl_kd.models.layers import Features
 from ssl_kd.state import State, abstract
 from ssl_kd.step import TrainStep
 from ssl_kd.train import Run
@@ -154,7 +156,8 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
         def forward(params, batch_stats, x, spec=r.specs[network], norm=norm):
             variables = {"params": params, "batch_stats": batch_stats}
             features, updates = backbone_forward(spec, variables, x, norm=norm)
-            return jnp.sum(features.pooled**2), updates
+            used = (features.pooled, features.map) if spec.thead else (features.pooled,)
+            return optax.tree.norm(used, squared=True), updates
 
         arguments = (*(variables[kind][network]["backbone"] for kind in ("params", "batch_stats")), random(x))
         pieces[f"{name} forward"] = Part(forward, arguments, times * r.accum, counted=not trained)
@@ -165,23 +168,23 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
     features = [random(c[3]) for c in calls]
     learned = [c[0] in r.method.trained for c in calls]
 
-    def relate(trained, pooled, features, state, frozen, views):
+    def relate(trained, outputs, features, state, frozen, views):
         context = step.context(state, batch, 0, order)
 
-        def loss(trained, pooled):
-            mine = iter(pooled)
-            given = [f.replace(pooled=next(mine)) if own else f for f, own in zip(features, learned, strict=True)]
+        def loss(trained, outputs):
+            mine = iter(outputs)
+            given = [with_outputs(f, *next(mine)) if own else f for f, own in zip(features, learned, strict=True)]
             with backbone_calls(given):
                 return step.loss(trained, state, frozen, views, context)
 
-        (value, (push, metrics, _)), (heads, of_pooled) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
-            trained, pooled
+        (value, (push, metrics, _)), (heads, of_outputs) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
+            trained, outputs
         )
         heads = {name: {k: g for k, g in tree.items() if k != "backbone"} for name, tree in heads.items()}
-        return heads, of_pooled, value, push, metrics
+        return heads, of_outputs, value, push, metrics
 
-    pooled = [f.pooled for f, own in zip(features, learned, strict=True) if own]
-    arguments = (state.trained, pooled, features, state, frozen, views)
+    outputs = [(f.pooled, f.map) for f, own in zip(features, learned, strict=True) if own]
+    arguments = (state.trained, outputs, features, state, frozen, views)
     pieces["heads, relations, losses"] = Part(relate, arguments, r.accum)
 
     # What `finish` is handed: a micro-batch's shapes, the batch's for what is pushed.
@@ -195,6 +198,11 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
         step.finish, (copied, several, outcome, zeros(state.trained)), carried=True
     )
     return pieces
+
+
+def with_outputs(features: Features, pooled: jax.Array, last: jax.Array) -> Features:
+    """The features with another pooled feature and last map."""
+    return features.replace(pooled=pooled, stages=(*features.stages[:-1], last))
 
 
 def listed_calls(

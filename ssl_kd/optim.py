@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -82,17 +82,18 @@ class Group:
     clip: float = 0.0
     last_layer_steps: int = 0
 
-    def transform(self, frozen_steps: int = 0) -> optax.GradientTransformation:
-        """The optimizer of the group, which leaves its parameters alone for some first steps."""
+    def transform(self, skips: Callable[[jax.Array], jax.Array] | None = None) -> optax.GradientTransformation:
+        """The optimizer of the group; in a step that it `skips`, its parameters and its moments stay as they are."""
 
-        def decay_rate(step: jax.Array) -> jax.Array:
-            return jnp.where(step < frozen_steps, 0.0, self.weight_decay(step))
+        def decay_rate(step: jax.Array) -> jax.Array | float:
+            decay = self.weight_decay(step)
+            return decay if skips is None else jnp.where(skips(step), 0.0, decay)
 
         decayed = optax.add_decayed_weights(decay_rate, mask=lambda params: decay_mask(params, self.decay))
         moments = optax.trace(self.momentum) if self.name == "sgd" else optax.scale_by_adam()
-        if frozen_steps:
+        if skips is not None:
             # Outside stand the schedules, which go on counting.
-            moments = optax.conditionally_mask(moments, lambda step: step >= frozen_steps)
+            moments = optax.conditionally_mask(moments, lambda step: ~skips(step))
         parts = (decayed, moments) if self.name == "sgd" else (moments, decayed)
         clipping = (clip_each(self.clip),) if self.clip else ()
         return optax.chain(*clipping, *parts, optax.scale_by_learning_rate(self.rate))
@@ -102,10 +103,11 @@ def make_optimizer(groups: Sequence[Group]) -> optax.GradientTransformation:
     """One transform over a tree of parameters; those under no group's path belong to the first.
 
     Raises (when it meets the parameters):
-      ValueError: for a path that holds none of them.
+      ValueError: for a path that holds none of them, or that two groups claim.
     """
-    if len(groups) == 1 and not groups[0].last_layer_steps:
+    if len(groups) == 1 and not groups[0].paths and not groups[0].last_layer_steps:
         return groups[0].transform()
+    paths = [path for group in groups for path in group.paths]
     owner = {path: number for number, group in enumerate(groups) for path in group.paths}
 
     def label(path: tuple, _) -> str:
@@ -122,13 +124,15 @@ def make_optimizer(groups: Sequence[Group]) -> optax.GradientTransformation:
         }
         if missing := sorted(set(owner) - known):
             raise ValueError(f"no parameter lies under {missing[0]!r}")
+        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"the path {twice[0]!r} is given twice")
         return jax.tree_util.tree_map_with_path(label, params)
 
-    transforms = {
-        f"{number}{last}": group.transform(group.last_layer_steps if last else 0)
-        for number, group in enumerate(groups)
-        for last in ("", " last")
-    }
+    def last_layers(group: Group) -> optax.GradientTransformation:
+        return group.transform((lambda step: step < group.last_layer_steps) if group.last_layer_steps else None)
+
+    transforms = {str(number): group.transform() for number, group in enumerate(groups)}
+    transforms |= {f"{number} last": last_layers(group) for number, group in enumerate(groups)}
     return optax.partition(transforms, labels)
 
 

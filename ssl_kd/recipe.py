@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ssl_kd.augment import PRESETS, Augmentation
+from ssl_kd.data.bags import require_neighbours
 from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS, Method, View
 from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
@@ -111,7 +112,9 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
-    """The architecture of `config.<role>`. Raises UserError on an unknown name, head or stem, or too small an image."""
+    """The architecture of `config.<role>`. Raises UserError for the first impossible value."""
+    if role not in config:
+        raise UserError(f"the method as it is set needs a {role}, and this recipe has none: choose a recipe with one.")
     c = config[role]
     one_of(f"{role}.name", c.name, MODELS)
     one_of(f"{role}.head", c.head, ("none", *HEADS))
@@ -120,6 +123,9 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
+    heads = max(1, c.thead // 64)
+    if c.thead % heads:
+        raise UserError(f"{role}.thead={c.thead} does not split into {heads} attention heads: use a multiple of 64.")
     stem = ("small" if config.image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
     spec = NetworkSpec(
         name=c.name,
@@ -134,8 +140,11 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
     )
+    backbone = dataclasses.replace(spec, drop_path=0.0).backbone()  # only a transformer takes a drop_path
+    if c.drop_path and not backbone.transformer:
+        raise UserError(f"{role}.drop_path={c.drop_path} is for a ViT, and {role}.name={c.name!r} is none: set it to 0.")
     try:
-        least = spec.backbone().min_size
+        least = backbone.min_size
     except UserError as error:
         raise UserError(f"{role}.{error}") from error
     if config.image_size < least:
@@ -157,26 +166,35 @@ def optimizer_group(config: ConfigDict, key: str, steps_per_epoch: int, total_st
     c = config
     for name in key.split("."):
         c = c[name]
+    if not isinstance(c, ConfigDict) or not set(config.optim) - {"accum", "groups"} <= set(c):
+        raise UserError(f"{key} is not an optimizer: give it `optimizer(…)` of configs/base.py.")
+    if key != "optim" and not c.paths:
+        raise UserError(f"{key}.paths is empty: name the parameters it takes, as ('teacher',) or ('student/thead',).")
     positive(config, f"{key}.lr", f"{key}.factor")
-    not_negative(config, *(f"{key}.{name}" for name in ("momentum", "weight_decay", "warmup_epochs", "final_lr")))
+    not_negative(config, *(f"{key}.{name}" for name in ("weight_decay", "warmup_epochs", "final_lr")))
     not_negative(config, f"{key}.clip", f"{key}.last_layer_epochs")
+    if c.final_weight_decay is not None:
+        not_negative(config, f"{key}.final_weight_decay")
+    if not 0 <= c.momentum < 1:
+        raise UserError(f"{key}.momentum={c.momentum} must be 0 or more, and below 1.")
     one_of(f"{key}.name", c.name, ("sgd", "adamw"))
     one_of(f"{key}.decay", c.decay, ("all", "weights"))
     one_of(f"{key}.schedule", c.schedule, ("cosine", "stairs"))
     one_of(f"{key}.ramp", c.ramp, typing.get_args(Ramp))
-    if not all(0 < milestone < 1 for milestone in c.milestones):
+    if not all(isinstance(milestone, float) and 0 < milestone < 1 for milestone in c.milestones):
         raise UserError(f"{key}.milestones={tuple(c.milestones)} must be shares of the run, between 0 and 1.")
     peak, warmup = c.lr * config.batch_size / 256, round(c.warmup_epochs * steps_per_epoch)
     if c.schedule == "cosine":
         rate = warmup_cosine(peak, total_steps, warmup, c.final_lr, c.ramp, base=c.lr)
     else:
         rate = warmup_stairs(peak, total_steps, warmup, c.milestones, c.factor)
-    final_decay = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
+    decay = c.weight_decay
+    final_decay = decay if c.final_weight_decay is None else c.final_weight_decay
     return Group(
         paths=tuple(c.paths),
         name=c.name,
         rate=rate,
-        weight_decay=lambda step: cosine(c.weight_decay, final_decay, step / total_steps),
+        weight_decay=lambda step: cosine(decay, final_decay, step / total_steps),
         decay=c.decay,
         momentum=c.momentum,
         clip=c.clip,
@@ -195,8 +213,13 @@ def make_method(config: ConfigDict) -> Method:
         )
     hints = typing.get_type_hints(METHODS[name])
     for key, value in fields.items():
-        if typing.get_origin(hints[key]) is Literal:
-            one_of(f"method.{key}", value, typing.get_args(hints[key]))
+        kind, allowed = typing.get_origin(hints[key]), typing.get_args(hints[key])
+        if kind is Literal:
+            one_of(f"method.{key}", value, allowed)
+        if kind is tuple:
+            fields[key] = tuple(value)  # a list, where the config was read from a run.json
+            if len(value) != len(allowed) or not all(isinstance(x, int | float) for x in value):
+                raise UserError(f"method.{key}={fields[key]} must hold {len(allowed)} numbers.")
     try:
         return METHODS[name](**fields)
     except ValueError as error:
@@ -232,6 +255,8 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
     if images < b:
         raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
+    if any(view.source == "mate" for view in method.views.values()):
+        require_neighbours(config.method.neighbours, images)
     specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
     specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
     try:
@@ -243,7 +268,8 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     keys = ("optim", *(f"optim.groups.{name}" for name in config.optim.groups))
     groups = [optimizer_group(config, key, per_epoch, total) for key in keys]
     try:
-        default = Augmentation(**config.augment)
+        lists = {key: tuple(value) for key, value in config.augment.items() if isinstance(value, list)}  # as above
+        default = Augmentation(**{**config.augment, **lists})
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
     recipe = Recipe(
@@ -261,7 +287,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         max_nonfinite=config.max_nonfinite,
     )
     check_views(recipe)
-    if config.optim.groups:
+    if any(group.paths for group in groups):
         try:
             jax.eval_shape(lambda: recipe.optimizer.init({n: recipe.initial(n)["params"] for n in method.trained}))
         except ValueError as error:
@@ -272,8 +298,11 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
 def check_views(recipe: Recipe) -> None:
     """Raises UserError for a crop that a network cannot take, or that cannot be cut."""
     method = recipe.method
-    for view in method.views.values():
-        recipe.augmentation(view)
+    for crop, view in method.views.items():
+        try:
+            recipe.augmentation(view)
+        except UserError as error:
+            raise UserError(f"the view {crop!r} of this method: {error}") from error
         for name in (*method.trained, *method.frozen) if view.size else ():
             backbone = recipe.specs[name].backbone()
             if backbone.fixed_size and view.size != recipe.image_size:
@@ -283,7 +312,7 @@ def check_views(recipe: Recipe) -> None:
                 )
             if view.size < backbone.min_size:
                 raise UserError(
-                    f"crops of {view.size} px are smaller than {name}.name={recipe.specs[name].name!r} with the "
+                    f"crops of {view.size} px, the view {crop!r} of this method, are smaller than {name}.name={recipe.specs[name].name!r} with the "
                     f"{recipe.specs[name].stem} stem takes: use {backbone.min_size} px or more."
                 )
 

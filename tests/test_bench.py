@@ -40,18 +40,22 @@ def test_operations_of_products_and_convolutions_are_the_textbooks():
 
 def shapes_of(rig):
     rows = np.arange(16, dtype=np.int32)
-    views = {name: jax.ShapeDtypeStruct((16, 12, 12, 3), np.float32) for name in rig.recipe.method.views}
+    images = dict.fromkeys(("image", "mate"), jax.ShapeDtypeStruct((16, 12, 12, 3), np.uint8))
+    views = jax.eval_shape(lambda images: TrainStep(rig.recipe, rig.mesh).views(0, images, rows, None), images)
     return views, {"index": rows, "label": rows}
 
 
-@pytest.mark.parametrize("variant", ["moco_v2", "rekd", "rekd-frozen", "rekd-self", "disco", "seed", "ressl"])
+CALLS = {"disco": 5, "bingo": 5, "mokd": 6, "mokd-alone": 3}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_network_of_the_method_is_called(variant):
     rig = rig_of(variant)
     method, (views, batch) = rig.recipe.method, shapes_of(rig)
     state = jax.eval_shape(rig.create)
     calls = listed_calls(TrainStep(rig.recipe, rig.mesh), state, rig.frozen, views, batch, None)
     assert {call[0] for call in calls} == {*method.trained, *method.averaged, *method.frozen}
-    assert len(calls) == (5 if variant == "disco" else len({call[0] for call in calls}))
+    assert len(calls) == CALLS.get(variant, len({call[0] for call in calls}))
     assert {call[1] for call in calls if call[0] in method.frozen} <= {"running"}
 
 
@@ -62,7 +66,7 @@ def test_stand_in_features_give_the_loss_of_the_backbones_they_came_from():
     @jax.jit
     def losses(state, images):
         rows = np.arange(16, dtype=np.int32)
-        views = step.views(state.step, images, rows, None)
+        views = step.views(state.step, {"image": images}, rows, None)
         context = step.context(state, {"index": rows, "label": rows}, 0)
         with backbone_calls() as calls:
             loss, _ = step.loss(state.trained, state, rig.frozen, views, context)
@@ -78,7 +82,7 @@ def test_stand_in_features_give_the_loss_of_the_backbones_they_came_from():
 
 @pytest.mark.parametrize(
     ("variant", "accum", "devices"),
-    [("rekd", 1, 1), ("rekd-frozen", 2, 1), ("disco", 1, 8), ("moco_v2", 1, 8)],
+    [("rekd", 1, 1), ("rekd-frozen", 2, 1), ("disco", 1, 8), ("moco_v2", 1, 8), ("bingo", 1, 1), ("mokd", 2, 1)],
     ids=str,
 )
 def test_parts_add_up_to_the_operations_of_the_step(variant, accum, devices):

@@ -1,5 +1,6 @@
 """The compiled step: facts that hold for every method, and for every number of devices and micro-batches."""
 
+import dataclasses
 import itertools
 import re
 
@@ -9,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config
+
+from ssl_kd.step import TrainStep
 
 every_method = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -52,7 +55,19 @@ def test_averages_follow_their_source(variant):
         assert worst(expected, state.averaged[name]) < 1e-6
 
 
-@pytest.mark.parametrize("variant", ["rekd-frozen", "disco", "seed"])
+def test_the_first_step_of_an_epoch_has_a_whole_epoch():
+    """The compiled quotient step / steps per epoch would miss it for some of these."""
+    rig = rig_of("moco_v2")
+    state, batch = rig.create(), rig.batch(0)
+    for per_epoch in (7, 41, 97, 5004):
+        step = TrainStep(dataclasses.replace(rig.recipe, steps_per_epoch=per_epoch), rig.mesh)
+        epoch = jax.jit(
+            lambda number, step=step: step.context(state.replace(step=number), {**batch, "label": 0}, 0).epoch
+        )
+        assert [float(epoch(jnp.int32(n * per_epoch))) for n in (1, 2, 11)] == [1, 2, 11]
+
+
+@pytest.mark.parametrize("variant", ["rekd-frozen", "disco", "seed", "compress", "simreg", "bingo"])
 def test_a_frozen_teacher_is_not_in_the_state(variant):
     """What is not in the state cannot be written, nor checkpointed."""
     state = three_steps(variant)[1]

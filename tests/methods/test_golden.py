@@ -10,6 +10,7 @@ import pytest
 from ssl_kd.losses import angle_relations, distance_relations
 from ssl_kd.memory import Queue
 from ssl_kd.methods import Context
+from ssl_kd.methods.compress import CompRess
 from ssl_kd.methods.disco import DisCo
 from ssl_kd.methods.ressl import ReSSL
 from ssl_kd.methods.seed import SEED
@@ -48,6 +49,9 @@ class Fixed:
 
     def embed(self, view, *, norm):
         return self.views[view]
+
+    def features(self, view, *, norm):
+        return types.SimpleNamespace(pooled=self.views[view])
 
 
 def run(method, memory, raw, networks):
@@ -151,3 +155,41 @@ def test_ressl(golden, exact):
             check.equal(grads["q"], "grad_q_raw", call)
             check.equal(memory.rows["key"].T, "out_queue_after", call)
             assert int(memory.ptr) == check.fixture["out_ptr_after"][call, 0]
+
+
+@precisions
+@pytest.mark.parametrize("variant", ["1q", "2q", "2q, filled by the student"])
+def test_compress(golden, exact, variant):
+    with jax.enable_x64(exact):
+        queues = int(variant[0])
+        check = Check(golden(f"compress_{queues}q"), exact)
+        averages = variant == "2q"
+        method = CompRess(
+            temperature=float(check.fixture["hp_T"]),
+            queue=100,
+            queues=queues,
+            keys="momentum" if averages else "student",
+        )
+        kept = {"teacher": "queue_t", "student": "queue_s"} if queues == 2 else {"teacher": "queue_t"}
+        memory = Queue(
+            rows={row: check.array(f"in_{name}") for row, name in kept.items()},
+            ptr=jnp.asarray(check.fixture["in_index"], jnp.int32),
+        )
+        theirs = "nomom_" if queues == 2 and not averages else ""
+        for call in range(2):
+            names = ("student", "teacher", *(["student_key"] if averages else []))
+            value, _, grads, memory = run(
+                method,
+                memory,
+                {name: check.array(f"in_{name}", call) for name in names},
+                lambda raw: {
+                    "student": Fixed(image=raw["student"]),
+                    "teacher": Fixed(image=raw["teacher"]),
+                    "student_momentum": Fixed(image=raw.get("student_key")),
+                },
+            )
+            check.equal(value, f"out_{theirs}loss", call)
+            check.equal(grads["student"], f"grad_{theirs}student", call)
+            for row, name in kept.items():
+                check.equal(memory.rows[row], f"out_{theirs}{name}_after", call)
+            assert int(memory.ptr) == check.fixture[f"out_{theirs}index_after"][call]

@@ -2,6 +2,8 @@
 
 import math
 import re
+import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_golden import Check, precisions
 
 from ssl_kd.losses import dino_loss, normalize, soft_cross_entropy, squared_distance
+from ssl_kd.methods import Context
+from ssl_kd.methods.mokd import MOKD
 from ssl_kd.models.heads import DINOHead, RegressionHead, THead, TokenReduce
 from ssl_kd.models.vit import interpolate_positions
 
@@ -19,7 +23,13 @@ REGRESSION = {
     4: {"0": "fc1", "1": "bn1", "3": "fc2", "4": "fc3", "5": "bn2", "7": "fc4"},
     2: {"0": "fc1", "1": "fc2"},
 }
-MOKD = {r"mlp\.0": "fc1", r"mlp\.2": "fc2", r"mlp\.4": "fc3", "last_layer": "last", r"blocks\.(\d)": r"blocks_\1"}
+MOKD_LAYERS = {
+    r"mlp\.0": "fc1",
+    r"mlp\.2": "fc2",
+    r"mlp\.4": "fc3",
+    "last_layer": "last",
+    r"blocks\.(\d)": r"blocks_\1",
+}
 LEAVES = {"weight_v": "v", "weight_g": "g", "running_mean": "mean", "running_var": "var"}
 
 
@@ -110,7 +120,7 @@ def test_mlp_head(golden, exact, kind):
     with jax.enable_x64(exact):
         check = HeadCheck(golden("mokd_mlp_head"), exact)
         head = DINOHead(fixed_norm=kind == "fixed_g", hidden=40, bottleneck=16, out=48, dtype=check.dtype)
-        params = check.parameters(f"{kind}/", MOKD)
+        params = check.parameters(f"{kind}/", MOKD_LAYERS)
         if kind == "fixed_g":
             np.testing.assert_array_equal(params["last"].pop("g"), 1)
 
@@ -122,7 +132,7 @@ def test_mlp_head(golden, exact, kind):
         y, grads, grad_x = run(params, check.array("in_x"), check.array("in_cotangent"))
         check.equal(y, f"out_{kind}")
         check.equal(grad_x, f"grad_{kind}_x")
-        check.equal_tree(grads, f"grad_{kind}/", MOKD)
+        check.equal_tree(grads, f"grad_{kind}/", MOKD_LAYERS)
 
 
 def channels_last(maps):
@@ -136,7 +146,7 @@ def test_thead(golden, exact, kind):
     with jax.enable_x64(exact):
         check = HeadCheck(golden(f"mokd_thead_{kind}"), exact)
         head, reduce = THead(dim=24, heads=3, out=48, dtype=check.dtype), TokenReduce(24, dtype=check.dtype)
-        params = check.parameters("w/", MOKD)
+        params = check.parameters("w/", MOKD_LAYERS)
         query, cotangent = check.array("in_query_token"), check.array("in_cotangent")
 
         def loss(params, x, query, side):
@@ -163,7 +173,7 @@ def test_thead(golden, exact, kind):
                 if kind == "cnn":
                     check.equal(pool, f"out_pool_{size}")
                 if size == "full":
-                    check.equal_tree(grads, "grad_w/" if asked is None else "grad_w_query/", MOKD, atol=2e-5)
+                    check.equal_tree(grads, "grad_w/" if asked is None else "grad_w_query/", MOKD_LAYERS, atol=2e-5)
                     # One vector added to all keys moves all logits of a query alike: other than 0 is rounding.
                     key_bias = grads["blocks_0"]["attn"]["qkv"]["bias"][24:48]
                     assert np.abs(key_bias).max() < (1e-13 if exact else 1e-5)
@@ -206,8 +216,58 @@ def test_dino_loss(golden, exact):
         check.equal(grad, "grad_search_student")
 
 
+class Given:
+    """A network whose heads are the fixture's and whose backbone returns what the fixture gives for a crop's size.
+
+    The method's rows go image by image, the fixture's crop by crop; `outputs` collects the heads' in the latter order.
+    """
+
+    spec = types.SimpleNamespace(thead=24)
+
+    def __init__(self, features, batch, apply_head, apply_thead, apply_reduce=None):
+        self.given, self.batch = features, batch
+        self.project_rows, self.search_tokens, self.reduce = apply_head, apply_thead, apply_reduce
+        self.outputs = {"mlp": [], "t": [], "search_l": [], "token_l": []}
+
+    def by_image(self, rows):
+        return jnp.moveaxis(rows.reshape(-1, self.batch, *rows.shape[1:]), 0, 1).reshape(rows.shape)
+
+    def note(self, name, rows):
+        by_crop = jnp.moveaxis(rows.reshape(self.batch, -1, *rows.shape[1:]), 1, 0).reshape(rows.shape)
+        self.outputs[name].append(by_crop)
+        return rows
+
+    def features(self, crops, *, norm, dropout=False):
+        return jax.tree.map(self.by_image, self.given["gl"[crops.shape[1] == LOCAL]])
+
+    def project(self, features, *, norm):
+        return self.note("mlp", self.project_rows(features["feature"]))
+
+    def tokens(self, features):
+        return self.reduce(features["map"]) if self.reduce else features["tokens"][:, 1:]
+
+    def query(self, features):
+        query = self.tokens(features).mean(1) if self.reduce else features["tokens"][:, 0]
+        return self.note("token_l", query)
+
+    def search(self, features, query=None):
+        tokens = self.tokens(features)
+        if query is not None:
+            tokens = jnp.repeat(tokens, len(query) // len(tokens), axis=0)
+        return self.note("t" if query is None else "search_l", self.search_tokens(tokens, query))
+
+
+GLOBAL, LOCAL = 2, 1  # sides of crops that nobody looks at
+HEADS = (("mlp", "mlp"), ("thead", "t"))  # our name and the fixture's
+
+
 def test_mokd_total(golden):
-    """Every term of both models, with their heads, from what the backbones return; float32 is for the parts, above."""
+    """The method itself on what the backbones return: every term, total, output and gradient of both models.
+
+    The fixture gives each of its six centred terms a centre of its own; ours has one for each output that teaches,
+    which is the same when they start alike. So the loss is taken twice, with the centres of the self-distillation and
+    with those of the cross-distillation. float32 is for the parts, above.
+    """
     with jax.enable_x64(True):
         check = HeadCheck(golden("mokd_total"), exact=True)
 
@@ -215,89 +275,104 @@ def test_mokd_total(golden):
             return float(check.fixture[f"hp_{name}"])
 
         batch, local = int(hp("batch")), int(hp("n_local"))
-        other = {"cnn": "vit", "vit": "cnn"}
-        # "cnn_s_head" and so on: s the student, t the momentum model.
-        params = {
-            name: check.parameters(f"w_{name}/", MOKD)
-            for name in (f"{model}_{role}_{part}" for model in other for role in "st" for part in ("head", "thead"))
-        }
-        inputs = {name[3:]: check.array(name) for name in check.fixture.files if name.startswith("in_")}
-        centre = {name[7:]: inputs[name][0] for name in inputs if name.startswith("center_")}
-        tau = hp("student_temp")
-        tau_t = {model: teacher_temperature(hp, hp(f"warmup_epochs_{model}")) for model in other}
-
+        method = MOKD(
+            temperature=hp("student_temp"),
+            first_teacher_temperature=hp("warmup_teacher_temp"),
+            teacher_temperature=hp("teacher_temp"),
+            self_temperature_epochs=int(hp("warmup_epochs_cnn")),
+            temperature_epochs=int(hp("warmup_epochs_vit")),
+            student_cross=hp("lambda_cnn"),
+            teacher_cross=hp("lambda_vit"),
+            local_crops=local,
+        )
+        roles = {"student": "cnn", "teacher": "vit"}
         # Every part is compiled once for all models that call it with one shape.
         sizes = {"hidden": 40, "bottleneck": 16, "out": 48}
-        heads = {model: DINOHead(fixed_norm=model == "cnn", **sizes, dtype=check.dtype) for model in other}
+        heads = {m: DINOHead(fixed_norm=m == "cnn", **sizes, dtype=check.dtype) for m in roles.values()}
         thead, reduce = THead(dim=24, heads=3, out=48, dtype=check.dtype), TokenReduce(24, dtype=check.dtype)
-        apply_head = jax.jit(
-            lambda model, params, x: heads[model].apply({"params": params}, x, norm="batch"), static_argnums=0
-        )
+        apply_head = jax.jit(lambda m, params, x: heads[m].apply({"params": params}, x, norm="batch"), static_argnums=0)
         apply_reduce = jax.jit(lambda params, maps: reduce.apply({"params": params}, channels_last(maps)))
         apply_thead = jax.jit(
-            lambda params, tokens, query=None: thead.apply(
+            lambda params, tokens, query: thead.apply(
                 {"params": params}, tokens, (math.isqrt(tokens.shape[1]),) * 2, query
             )
         )
-        dino, search = jax.jit(dino_loss), search_loss
+        # "cnn_s" and so on: s the student, t the momentum model.
+        params = {
+            name: [check.parameters(f"w_{name}_{part}/", MOKD_LAYERS) for part in ("head", "thead")]
+            for name in (f"{model}_{role}" for model in roles.values() for role in "st")
+        }
+        inputs = {name[3:]: check.array(name) for name in check.fixture.files if name.startswith("in_")}
+        views = {name: jnp.zeros((batch, GLOBAL, GLOBAL, 3)) for name in ("global1", "global2")}
+        views["local"] = jnp.zeros((batch, local, LOCAL, LOCAL, 3))
+        ctx = Context(step=0, epoch=hp("epoch"), progress=0.0, key=None, index=jnp.arange(batch), label=None)
 
-        def read(inputs, name, size):
-            """Pooled feature, tokens, and the query offered to the other model."""
-            if name.startswith("vit"):
-                tokens = inputs[f"{name}_tok_{size}"]
-                return tokens[:, 0], tokens[:, 1:], tokens[:, 0]
-            tokens = apply_reduce(params[f"{name}_thead"], inputs[f"{name}_map_{size}"])
-            return inputs[f"{name}_feat_{size}"], tokens, tokens.mean(1)
+        def network(name, arrays):
+            def given(size):
+                if name.startswith("vit"):
+                    tokens = arrays[f"{name}_tok_{size}"]
+                    return {"tokens": tokens, "feature": tokens[:, 0]}
+                return {"map": arrays[f"{name}_map_{size}"], "feature": arrays[f"{name}_feat_{size}"]}
 
-        def crops(rows):
-            return rows.reshape(-1, batch, rows.shape[-1])
+            head, t_head = params[name]
+            return Given(
+                {size: given(size) for size in ("gl" if name.endswith("s") else "g")},
+                batch,
+                partial(apply_head, name[:3], head),
+                partial(apply_thead, t_head),
+                partial(apply_reduce, t_head) if name.startswith("cnn") else None,
+            )
+
+        def centres(terms):
+            """Centre of each output that teaches, from the fixture's term of that name."""
+            return {output: inputs[f"center_{term}"][0] for output, term in terms.items()}
+
+        own = centres({f"{role}/{h}": f"{m}_self_{t}" for role, m in roles.items() for h, t in HEADS})
+        cross = {**own, **centres({"student/mlp": "vit_cross_mlp", "teacher/mlp": "cnn_cross_mlp"})}
 
         def total(students):
-            out, losses = {}, {}
-            for model in other:
-                seen = [read(students, f"{model}_s", size) for size in "gl"]
-                head, theads = params[f"{model}_s_head"], params[f"{model}_s_thead"]
-                out[f"{model}_s_mlp"] = jnp.concatenate([apply_head(model, head, feature) for feature, _, _ in seen])
-                out[f"{model}_s_t"] = jnp.concatenate([apply_thead(theads, tokens) for _, tokens, _ in seen])
-                out[f"{model}_s_token_l"] = seen[1][2]
-            for model in other:
-                feature, tokens, _ = read(inputs, f"{model}_t", "g")
-                head, theads = params[f"{model}_t_head"], params[f"{model}_t_thead"]
-                out[f"{model}_t_mlp"] = apply_head(model, head, feature)
-                out[f"{model}_t_t"] = apply_thead(theads, tokens)
-                # Global crop 1 once for every local crop, in the order of the queries: all images of the first, …
-                first = jnp.tile(tokens[:batch], (local, 1, 1))
-                query = jax.lax.stop_gradient(out[f"{other[model]}_s_token_l"])
-                out[f"{model}_t_search_l"] = apply_thead(theads, first, query)
-            for model, guide in other.items():
-                mlp, t = crops(out[f"{model}_s_mlp"]), crops(out[f"{model}_s_t"])
-                own_mlp, own_t, guide_mlp = (
-                    crops(out[name]) for name in (f"{model}_t_mlp", f"{model}_t_t", f"{guide}_t_mlp")
-                )
-                terms = {
-                    "sm": dino(mlp, own_mlp, centre[f"{model}_self_mlp"], tau, tau_t[model]),
-                    "st": dino(t, own_t, centre[f"{model}_self_t"], tau, tau_t[model]),
-                    "cm": dino(mlp, guide_mlp, centre[f"{model}_cross_mlp"], tau, tau_t["vit"]),
-                    "ct": search(out[f"{model}_s_t"][2 * batch :], out[f"{guide}_t_search_l"], tau, tau_t["vit"]),
-                }
-                terms["total"] = terms["sm"] + terms["st"] + hp(f"lambda_{model}") * (terms["cm"] + terms["ct"])
-                losses |= {f"{term}_{model}": value for term, value in terms.items()}
-            return losses["total_cnn"] + losses["total_vit"], (losses, out)
+            both = {**inputs, **students}
+            nets = {role: network(f"{m}_s", both) for role, m in roles.items()}
+            nets |= {f"{role}_momentum": network(f"{m}_t", both) for role, m in roles.items()}
+            first, aux = method.loss(types.SimpleNamespace(**nets), views, own, ctx)
+            outputs = {
+                f"{m}_{role[-1]}_{name}": jnp.concatenate(rows)
+                for m, pair in ((m, (("s", nets[r]), ("t", nets[f"{r}_momentum"]))) for r, m in roles.items())
+                for role, net in pair
+                for name, rows in net.outputs.items()
+                if rows
+            }
+            _, aux2 = method.loss(types.SimpleNamespace(**nets), views, cross, ctx)
+            losses = {}
+            for role, m in roles.items():
+                weight = method.student_cross if role == "student" else method.teacher_cross
+                terms = aux.metrics[f"{role}_self"], aux2.metrics[f"{role}_cross"], aux.metrics[f"{role}_search"]
+                losses[m] = (*terms, terms[0] + weight * (terms[1] + terms[2]))
+            # What the method returns is the sum of its terms.
+            expected = sum(
+                aux.metrics[f"{r}_self"] + w * (aux.metrics[f"{r}_cross"] + aux.metrics[f"{r}_search"])
+                for r, w in (("student", method.student_cross), ("teacher", method.teacher_cross))
+            )
+            return losses["cnn"][-1] + losses["vit"][-1], (losses, outputs, (first, expected), aux.push)
 
         students = {name: array for name, array in inputs.items() if "_s_" in name}
-        (_, (losses, out)), grads = jax.value_and_grad(total, has_aux=True)(students)
-        for name, value in losses.items():
-            check.equal(value, f"out_loss_{name}")
-        for name, rows in out.items():
+        (_, (losses, outputs, (first, expected), push)), grads = jax.value_and_grad(total, has_aux=True)(students)
+        np.testing.assert_allclose(first, expected, rtol=1e-12)
+        for m, (self_terms, cross_term, search_term, whole) in losses.items():
+            both = sum(check.fixture[f"f64_out_loss_{term}_{m}"] for term in ("sm", "st"))
+            np.testing.assert_allclose(self_terms, both, rtol=1e-9)
+            check.equal(cross_term, f"out_loss_cm_{m}")
+            check.equal(search_term, f"out_loss_ct_{m}")
+            check.equal(whole, f"out_loss_total_{m}")
+        assert len(outputs) == 12
+        for name, rows in outputs.items():
             check.equal(rows, f"out_{name}")
         for name, grad in grads.items():
             check.equal(grad, f"grad_{name}")
-        for model, guide in other.items():
-            for term, rows in {
-                "self_mlp": out[f"{model}_t_mlp"],
-                "self_t": out[f"{model}_t_t"],
-                "cross_mlp": out[f"{guide}_t_mlp"],
-            }.items():
-                check.equal(
-                    0.9 * centre[f"{model}_{term}"][None] + 0.1 * rows.mean(0), f"out_center_after_{model}_{term}"
-                )
+        after = method.update(own, push, ctx)
+        for role, m in roles.items():
+            for h, t in HEADS:
+                check.equal(after[f"{role}/{h}"][None], f"out_center_after_{m}_self_{t}")
+        after = method.update(cross, push, ctx)
+        check.equal(after["student/mlp"][None], "out_center_after_vit_cross_mlp")
+        check.equal(after["teacher/mlp"][None], "out_center_after_cnn_cross_mlp")
