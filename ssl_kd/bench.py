@@ -159,7 +159,8 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) ->
             used = (features.pooled, features.map) if spec.thead else (features.pooled,)
             return optax.tree.norm(used, squared=True), updates
 
-        arguments = (*(variables[kind][network]["backbone"] for kind in ("params", "batch_stats")), random(x))
+        weights = (variables[kind][network].get("backbone", {}) for kind in ("params", "batch_stats"))
+        arguments = (*weights, random(x))
         pieces[f"{name} forward"] = Part(forward, arguments, times * r.accum, counted=not trained)
         if trained:
             both = jax.grad(forward, has_aux=True)

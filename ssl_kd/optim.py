@@ -40,6 +40,7 @@ def warmup_cosine(
     origin = 0 if ramp == "from_base" else warmup_steps
 
     def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, float)  # an int32 divided is a float32, where float64 is enabled too
         decayed = cosine(peak, final, (step - origin) / max(1, total_steps - origin))
         return jnp.where(step < warmup_steps, start + (peak - start) * step / ramp_steps, decayed)
 

@@ -19,7 +19,7 @@ from ssl_kd.data.bags import require_neighbours
 from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS, Method, View
 from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
-from ssl_kd.optim import Group, Ramp, cosine, make_optimizer, warmup_cosine, warmup_stairs
+from ssl_kd.optim import Group, Ramp, make_optimizer, warmup_cosine, warmup_stairs
 
 FREE_KEYS = (
     "name",
@@ -119,7 +119,7 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     one_of(f"{role}.name", c.name, MODELS)
     one_of(f"{role}.head", c.head, ("none", *HEADS))
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
-    positive(config, "bn_groups", f"{role}.width", "image_size")
+    positive(config, f"{role}.width", "image_size")
     not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
@@ -142,7 +142,9 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     )
     backbone = dataclasses.replace(spec, drop_path=0.0).backbone()  # only a transformer takes a drop_path
     if c.drop_path and not backbone.transformer:
-        raise UserError(f"{role}.drop_path={c.drop_path} is for a ViT, and {role}.name={c.name!r} is none: set it to 0.")
+        raise UserError(
+            f"{role}.drop_path={c.drop_path} is for a ViT, and {role}.name={c.name!r} is none: set it to 0."
+        )
     try:
         least = backbone.min_size
     except UserError as error:
@@ -156,7 +158,9 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         return dataclasses.replace(spec, dim=spec.feature_dim)
     if spec.dim == 0:
         if role == "teacher" or "teacher" not in config:
-            raise UserError(f"{role}.dim=0 means the teacher's feature width, and there is no teacher: set a width.")
+            raise UserError(
+                f"{role}.dim=0 takes the feature width of the {role}'s teacher, which it does not have: set a width."
+            )
         return dataclasses.replace(spec, dim=network_spec(config, "teacher").feature_dim)
     return spec
 
@@ -188,13 +192,12 @@ def optimizer_group(config: ConfigDict, key: str, steps_per_epoch: int, total_st
         rate = warmup_cosine(peak, total_steps, warmup, c.final_lr, c.ramp, base=c.lr)
     else:
         rate = warmup_stairs(peak, total_steps, warmup, c.milestones, c.factor)
-    decay = c.weight_decay
-    final_decay = decay if c.final_weight_decay is None else c.final_weight_decay
+    final_decay = c.weight_decay if c.final_weight_decay is None else c.final_weight_decay
     return Group(
         paths=tuple(c.paths),
         name=c.name,
         rate=rate,
-        weight_decay=lambda step: cosine(decay, final_decay, step / total_steps),
+        weight_decay=warmup_cosine(c.weight_decay, total_steps, 0, final_decay),
         decay=c.decay,
         momentum=c.momentum,
         clip=c.clip,
@@ -235,12 +238,12 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     Raises:
       UserError: for the first impossible value or combination.
     """
-    positive(config, "batch_size", "epochs", "log_every", "optim.accum", "checkpoint.every_epochs")
+    positive(config, "batch_size", "epochs", "bn_groups", "log_every", "optim.accum", "checkpoint.every_epochs")
     positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
     not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
     one_of("data.resident", config.data.resident, ("auto", "on", "off"))
-    if not config.probe.knn or min(config.probe.knn) < 1:
-        raise UserError(f"probe.knn={config.probe.knn} must name at least one k of 1 or more.")
+    if not config.probe.knn or not all(isinstance(k, int) and k > 0 for k in config.probe.knn):
+        raise UserError(f"probe.knn={config.probe.knn} must name at least one k, whole numbers of 1 or more.")
     method = make_method(config)
     b = config.batch_size
     micro, rest = divmod(b, config.optim.accum)
@@ -291,7 +294,9 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         try:
             jax.eval_shape(lambda: recipe.optimizer.init({n: recipe.initial(n)["params"] for n in method.trained}))
         except ValueError as error:
-            raise UserError(f"optim.groups: {error}; 'student/thead' is a path, for example.") from error
+            raise UserError(
+                f"paths of optim.groups or optim: {error}; 'student/head' is a path, for example."
+            ) from error
     return recipe
 
 
@@ -312,8 +317,9 @@ def check_views(recipe: Recipe) -> None:
                 )
             if view.size < backbone.min_size:
                 raise UserError(
-                    f"crops of {view.size} px, the view {crop!r} of this method, are smaller than {name}.name={recipe.specs[name].name!r} with the "
-                    f"{recipe.specs[name].stem} stem takes: use {backbone.min_size} px or more."
+                    f"crops of {view.size} px, the view {crop!r} of this method, are smaller than "
+                    f"{name}.name={recipe.specs[name].name!r} with the {recipe.specs[name].stem} stem takes: use "
+                    f"{backbone.min_size} px or more."
                 )
 
 

@@ -110,7 +110,8 @@ def summarise(run: Run, results: Mapping[str, Any]) -> None:
     console.print(f"{results['seconds'] / 60:.1f} min, probes included. Checkpoint: {run.workdir / 'checkpoints'}")
     method = run.recipe.method
     if "teacher" in method.trained:
-        following = f"python launch/evaluate.py --workdir={run.workdir} --network=teacher"
+        network = "teacher_momentum" if "teacher_momentum" in method.evaluated else "teacher"
+        following = f"python launch/evaluate.py --workdir={run.workdir} --network={network}"
     elif not method.frozen and set(method.averaged) == {"student_momentum"} and c.method.name != "rekd":
         preset = f":{c.preset}" if c.preset else ""
         source = f"--config.teacher.source=workdir:{run.workdir}"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import optax
 import pytest
 from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config
 
+from ssl_kd.checkpoint import Checkpoints
+from ssl_kd.state import abstract
 from ssl_kd.step import TrainStep
 
 every_method = pytest.mark.parametrize("variant", VARIANTS)
@@ -20,7 +23,7 @@ def worst(a, b) -> float:
     """Largest difference of two trees, relative to the largest entry of each leaf."""
     a, b = (jax.tree.leaves(jax.device_get(tree)) for tree in (a, b))
     pairs = [(np.float64(x), np.float64(y)) for x, y in zip(a, b, strict=True) if np.size(x)]
-    return max(np.abs(x - y).max() / max(1e-3, np.abs(x).max()) for x, y in pairs)
+    return max((np.abs(x - y).max() / max(1e-3, np.abs(x).max()) for x, y in pairs), default=0.0)
 
 
 @every_method
@@ -74,15 +77,40 @@ def test_a_frozen_teacher_is_not_in_the_state(variant):
     assert "teacher" not in {**state.trained, **state.averaged, **state.batch_stats}
 
 
+@every_method
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(variant, tmp_path):
+    """Through a checkpoint, whose digest of every leaf is checked; the steps are those already compiled."""
+    rig = rig_of(variant)
+    state, _ = rig.run(1)
+    with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(rig.create, rig.replicated))
+    last, _ = rig.run(2, restored)
+    assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(last), three_steps(variant)[1]))
+
+
 @pytest.mark.parametrize(
     ("variant", "groups"),
-    [("rekd-balanced", 8), ("rekd-neighbour", 1)],
+    [
+        ("rekd-balanced", 8),
+        ("rekd-neighbour", 1),
+        ("disco", 8),
+        ("seed", 2),
+        ("ressl", 2),
+        ("compress", 2),
+        ("simreg", 2),
+        ("bingo", 8),
+        ("mokd", 1),
+    ],
 )
 def test_one_device_equals_eight(variant, groups):
     """With groups the keys are shuffled across devices."""
     method, fields = VARIANTS[variant]
     config = tiny_config(method, **fields)
     config.bn_groups = groups
+    if method == "mokd":  # AdamW blows up the rounding of gradients that are 0 in exact arithmetic
+        config.optim.groups.teacher.name = "sgd"
     one, eight = Rig(config, 1), Rig(config, 8)
     (a, metrics_a), (b, metrics_b) = one.run(2), eight.run(2)
     for x, y in zip(metrics_a, metrics_b, strict=True):

@@ -117,7 +117,7 @@ class Network(nn.Module):
     @property
     def _native_tokens(self) -> bool:
         """Whether the T-Head takes the backbone's tokens as they are."""
-        return self.backbone.transformer and self.spec.thead == self.spec.feature_dim
+        return self.backbone.transformer and self.spec.thead == self.backbone.pooled_dim
 
     def _tokens(self, maps: jax.Array) -> jax.Array:
         """(B, h, w, C) → (B, h · w, thead)."""
@@ -174,8 +174,9 @@ def backbone_calls(features: Sequence[Features] | None = None) -> Generator[list
     calls: list[BackboneCall] = []
 
     def intercept(function, args, kwargs, context):
-        path = context.module.path
-        if context.method_name != "__call__" or len(path) != 2 or path[1] != "backbone":
+        # A property of an unbound module comes here too, and has no path.
+        path = context.module.path if context.method_name == "__call__" else ()
+        if len(path) != 2 or path[1] != "backbone":
             return function(*args, **kwargs)
         out = function(*args, **kwargs) if features is None else features[len(calls)]
         calls.append(BackboneCall(path[0], args[0], kwargs["norm"], out))

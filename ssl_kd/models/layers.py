@@ -3,7 +3,9 @@
 Parameters are float32; `dtype` is the compute dtype (float32 or bfloat16) of what a layer returns.
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -49,28 +51,26 @@ def pick_stem(stems: Mapping[str, Any], stem: str) -> Any:
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
     """2-D cross-correlation of x (B, H, W, C) with kernel (k, k, C / groups, O), zero padding on all sides.
 
-    On the CPU the same sums are taken by whatever is faster than XLA's convolution and its gradients there: one matrix
-    product (`_matmul_is_faster`), shifted multiply-adds where every channel has its own kernel, and a gradient of the
-    kernel that is added up over parts of the batch (`_batch_parts`).
+    On the CPU the same sums are taken, in at least float32, by whatever is faster than XLA's convolution and its
+    gradients there; all of it is chosen while tracing, and only speed hangs on the choice. What decided it is measured
+    in benchmarks/convolutions.md.
     """
-    if jax.default_backend() != "cpu":
+    depthwise = groups == x.shape[-1] == kernel.shape[-1]
+    if jax.default_backend() != "cpu" or (groups > 1 and not depthwise):
         return _convolve(x, kernel, stride, padding, groups)
-    k, out_features = kernel.shape[0], kernel.shape[-1]
-    batch, *size = x.shape[:-1]
-    height, width = ((n + 2 * padding - k) // stride + 1 for n in size)
-    if groups == x.shape[-1] == out_features:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        taps = kernel.astype(wide).reshape(k * k, out_features)
-        windows = _windows(_pad(x.astype(wide), padding, 0), k, stride)
-        return sum(window * tap for window, tap in zip(windows, taps, strict=True)).astype(x.dtype)
-    if groups > 1:
-        return _convolve(x, kernel, stride, padding, groups)
-    if _matmul_is_faster(batch, height, width, k, x.shape[-1], stride):
-        columns = jnp.concatenate(_windows(_pad(x, padding, 0), k, stride), axis=-1)
-        product = columns.reshape(batch * height * width, -1) @ kernel.reshape(-1, out_features)
-        return product.reshape(batch, height, width, out_features)
-    parts = _batch_parts(batch, height * width, x.shape[-1])
-    return _convolve_by_parts(x, kernel, stride, padding, parts) if parts > 1 else _convolve(x, kernel, stride, padding)
+    k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
+    batch, height, width = x.shape[0], *((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    x, kernel = x.astype(wide), kernel.astype(wide)
+    if depthwise:
+        out = _depthwise(x, kernel, stride, padding)
+    elif k == 1 or max(height, width) <= (3 if stride == 1 else max(3, channels // 16)):
+        out = _convolve_by_taps(x, kernel, stride, padding)
+    elif (k, stride, padding) == (3, 1, 1) and min(channels, features) >= 128 and batch * height * width >= 512:
+        out = _winograd(x, kernel)
+    else:
+        out = _convolve_by_parts(x, kernel, stride, padding, _batch_parts(batch, height * width, channels))
+    return out.astype(dtype)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:
@@ -82,6 +82,176 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def _convolve_by_taps(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """A convolution as one matrix product per element of the kernel, of those pixels alone that the element meets.
+
+    On a small map most elements meet little but padding, of which a convolution computes the products too: 5 / 9 of
+    them for 3×3 on a 2×2 map, 2 / 5 on 3×3. On larger maps adding up the products costs more than is saved.
+    """
+    (batch, *size, channels), k = x.shape, kernel.shape[0]
+    out_size = [(n + 2 * padding - k) // stride + 1 for n in size]
+
+    def met(tap: int, axis: int) -> tuple[int, int, int]:
+        """The first and the last + 1 output of which element `tap` meets a pixel, and the first such pixel."""
+        first = max(0, -((tap - padding) // stride))
+        end = min(out_size[axis], (size[axis] - 1 - tap + padding) // stride + 1)
+        return first, end, first * stride + tap - padding
+
+    out = jnp.zeros((batch, *out_size, kernel.shape[-1]), x.dtype)
+    for i, j in itertools.product(range(k), repeat=2):
+        (top, bottom, y), (left, right, z) = met(i, 0), met(j, 1)
+        rows, columns = bottom - top, right - left
+        if rows > 0 and columns > 0:
+            pixels = x[:, y : y + (rows - 1) * stride + 1 : stride, z : z + (columns - 1) * stride + 1 : stride]
+            product = (pixels.reshape(-1, channels) @ kernel[i, j]).reshape(batch, rows, columns, -1)
+            out += jnp.pad(product, ((0, 0), (top, out_size[0] - bottom), (left, out_size[1] - right), (0, 0)))
+    return out
+
+
+# Winograd's F(2×2, 3×3) (Lavin and Gray, arXiv 1509.09308): per dimension, 2 outputs of a 3-tap kernel take the 4 sums
+# of a patch of 4 inputs, times 4 sums of the kernel, summed to 2: 16 products for 2×2 outputs where 36 are direct.
+_OF_PATCH = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_OF_KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+_TO_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+@jax.custom_vjp
+def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution, 3×3, stride 1, padding 1, with 16 / 36 of the products; no forward mode.
+
+    Errors are those of the convolution (3e-7 of the largest value, 128 channels); larger tiles lose a digit. Sums of
+    few channels cost more than the products that they save: hence from 128 channels.
+    """
+    spread = _kernel_sums(kernel)
+
+    def part(_, x):
+        return None, _from_tiles(jnp.einsum("tpc,tco->tpo", _patch_sums(x), spread), x.shape)
+
+    return _joined(lax.scan(part, None, _split(x, kernel))[1])
+
+
+def _winograd_forward(x, kernel):
+    return _winograd(x, kernel), (x, kernel)
+
+
+def _winograd_backward(saved, gradient):
+    x, kernel = saved
+    spread = _kernel_sums(kernel[::-1, ::-1])
+
+    def part(products, rows):
+        x, gradient = rows
+        of_x = _from_tiles(jnp.einsum("tpo,tco->tpc", _patch_sums(gradient), spread), x.shape)
+        return products + jnp.einsum("tpc,tpo->tco", _patch_sums(x), _tile_sums(gradient)), of_x
+
+    products = jnp.zeros(spread.shape, spread.dtype)
+    products, of_x = lax.scan(part, products, (_split(x, kernel), _split(gradient, kernel)))
+    columns = _sums(zip(*_OF_KERNEL, strict=True), products.reshape(4, 4, *kernel.shape[2:]), 1)
+    return _joined(of_x), _sums(zip(*_OF_KERNEL, strict=True), columns, 0)
+
+
+_winograd.defvjp(_winograd_forward, _winograd_backward)
+
+
+def _split(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rows in equal parts (parts, rows, H, W, C), small enough for a part's sums to stay in cache: up to 4 MiB.
+
+    3×3, 128 -> 128 at 28×28, batch 32, forward, on one core: 104 ms whole, 59 ms in parts; XLA's convolution 78 ms.
+    """
+    batch, height, width, _ = x.shape
+    image = (height + 1) // 2 * ((width + 1) // 2) * max(kernel.shape[2:])
+    rows = next(n for n in range(batch, 0, -1) if batch % n == 0 and (n == 1 or n * image <= 2**16))
+    return x.reshape(-1, rows, *x.shape[1:])
+
+
+def _joined(parts: jax.Array) -> jax.Array:
+    return parts.reshape(-1, *parts.shape[2:])
+
+
+def _sums(matrix: Iterable[Sequence[float]], terms: Iterable[jax.Array], axis: int) -> jax.Array:
+    """The sums of `terms` weighted by each row of `matrix`, stacked along `axis`.
+
+    Materialised: XLA would compute the sums over rows again for every sum over columns, at up to twice the time.
+    """
+    terms = list(terms)
+    rows = [[weight * term for weight, term in zip(row, terms, strict=True) if weight] for row in matrix]
+    return lax.optimization_barrier(jnp.stack([sum(row[1:], start=row[0]) for row in rows], axis))
+
+
+def _patch_sums(x: jax.Array) -> jax.Array:
+    """(16, tiles, C): the sums of every 4×4 patch, two pixels apart, of x (B, H, W, C) with one pixel of padding."""
+    _, height, width, channels = x.shape
+    down, across = -(-height // 2), -(-width // 2)
+    margins = ((0, 0), (1, 2 * down + 1 - height), (1, 2 * across + 1 - width), (0, 0))
+    x = lax.optimization_barrier(jnp.pad(x, margins))
+    rows = _sums(_OF_PATCH, (x[:, i : i + 2 * down - 1 : 2] for i in range(4)), 0)
+    return _sums(_OF_PATCH, (rows[:, :, :, j : j + 2 * across - 1 : 2] for j in range(4)), 0).reshape(16, -1, channels)
+
+
+def _kernel_sums(kernel: jax.Array) -> jax.Array:
+    """(16, C, O), in the order of `_patch_sums`: columns before rows."""
+    rows = _sums(_OF_KERNEL, kernel, 0)
+    return _sums(_OF_KERNEL, rows.swapaxes(0, 1), 0).reshape(16, *kernel.shape[2:])
+
+
+def _tile_sums(x: jax.Array) -> jax.Array:
+    """The transpose of `_from_tiles`: (B, H, W, C) -> (16, tiles, C)."""
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    rows = _sums(zip(*_TO_OUTPUT, strict=True), (x[:, i::2] for i in range(2)), 0)
+    columns = _sums(zip(*_TO_OUTPUT, strict=True), (rows[:, :, :, j::2] for j in range(2)), 0)
+    return columns.reshape(16, -1, x.shape[-1])
+
+
+def _from_tiles(products: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """(16, tiles, C) products -> the map (B, H, W, C) of 2×2 outputs each, where `shape` gives B, H and W."""
+    batch, height, width, _ = shape
+    down, across = -(-height // 2), -(-width // 2)
+    columns = _sums(_TO_OUTPUT, products.reshape(4, 4, batch, down, across, -1), 4)
+    x = _sums(_TO_OUTPUT, columns, 2).reshape(batch, 2 * down, 2 * across, -1)
+    return x[:, :height, :width]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """A convolution of every channel with its own kernel as k² shifted multiply-adds; no forward mode."""
+    return _weighted(lax.optimization_barrier(_pad(x, padding, 0)), kernel, stride)
+
+
+def _depthwise_forward(x, kernel, stride, padding):
+    return _depthwise(x, kernel, stride, padding), (x, kernel)
+
+
+def _depthwise_backward(stride, padding, saved, gradient):
+    """5×5 at 28×28, 120 channels, batch 8: 59 ms with the gradients that JAX derives, 8 ms with these; 3×3 as much."""
+    x, kernel = saved
+    k, channels = kernel.shape[0], kernel.shape[-1]
+    if k > 3:  # k² windows of the gradient, `stride` apart, instead of k² paddings of it
+        margins = [
+            (k - 1 - padding, n + padding - 1 - (m - 1) * stride, stride - 1)
+            for n, m in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
+        ]
+        spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *margins, (0, 0, 0)))
+        of_x = _weighted(lax.optimization_barrier(spread), kernel[::-1, ::-1], 1)
+    else:
+        (of_x,) = jax.linear_transpose(lambda x: _weighted(_pad(x, padding, 0), kernel, stride), x)(gradient)
+    # XLA sums over all but the last axis one value at a time: add up parts of the batch, the rest by a matrix product.
+    parts = math.gcd(x.shape[0], 8)
+    ones, of_kernel = jnp.ones((1, gradient.size // (parts * channels)), gradient.dtype), []
+    for window in _windows(lax.optimization_barrier(_pad(x, padding, 0)), k, stride):
+        added = sum(window[i::parts] * gradient[i::parts] for i in range(parts))
+        of_kernel.append(ones @ lax.optimization_barrier(added).reshape(-1, channels))
+    return of_x, jnp.concatenate(of_kernel).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _weighted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The sum of the windows of x, each times its element of the kernel (k, k, 1, C)."""
+    k = kernel.shape[0]
+    first, *others = (window * kernel[i // k, i % k] for i, window in enumerate(_windows(x, k, stride)))
+    return sum(others, start=first)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -100,14 +270,27 @@ def _backward(stride, padding, parts, saved, gradient):
     (of_x,) = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(gradient)
     # Every parts-th row, not consecutive ones: where a device has a multiple of `parts` rows, they stay on it.
     x, gradient = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, gradient))
-    of_kernel = jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
+    of_kernel = jnp.zeros(kernel.shape, kernel.dtype)
     for i in range(parts):
         pull = jax.linear_transpose(lambda kernel, part=x[:, i]: _convolve(part, kernel, stride, padding), kernel)
         of_kernel += pull(gradient[:, i])[0]
-    return of_x, of_kernel.astype(kernel.dtype)
+    return of_x, of_kernel
 
 
 _convolve_by_parts.defvjp(_forward, _backward)
+
+
+def _batch_parts(batch: int, pixels: int, channels: int) -> int:
+    """Into how many parts to split the batch of a kernel gradient, of `pixels` outputs an image, on the CPU.
+
+    It is a matrix product over batch · pixels rows that XLA does not block; parts of 512 rows or more keep in cache.
+    Float32, GFLOP/s a core of 1 -> 8 parts: 3×3, batch 128, 14×14, 32 channels 36 -> 61 · 7×7, 64 channels 46 -> 70 ·
+    stem 7×7 at 224×224 46 -> 74; but batch 128, 28×28, 16 channels 59 -> 38.
+    """
+    parts = 1 if 3 < channels < 24 else 8
+    while parts > 1 and (batch % parts or batch * pixels < 512 * parts):
+        parts //= 2
+    return parts
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
@@ -118,36 +301,6 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
     for other in others:
         first = jnp.maximum(first, other)
     return first
-
-
-def _matmul_is_faster(batch: int, height: int, width: int, k: int, channels: int, stride: int) -> bool:
-    """Whether slices and one matrix product are faster than XLA's convolution, of output height × width.
-
-    Static: decided while tracing, so only speed hangs on it being right; value and gradient are equal.
-    Forward + backward on 2 cores, float32, GFLOP/s, convolution -> matrix product:
-      1×1 at 14×14, 64 -> 256             51 ->  93     3×3 at 2×2, 256 -> 256              11 -> 181
-      stem 5×5 stride 2, 3 -> 48          52 ->  93     3×3 stride 2 to 2×2, 128 -> 256     22 -> 163
-      stem 3×3, 3 -> 64 at 32×32          29 ->  48     3×3 stride 2, 32 -> 64 to 7×7       52 ->  92
-    but the other way at stride 1, and where the slices outgrow the cache (4 Mi floats = 16 MiB):
-      3×3 at 4×4, 128 -> 128             165 -> 138     5×5 at 7×7, batch 256, 48 -> 128    81 ->  51
-      3×3 at 14×14, 32 -> 32              74 ->  45     stem 7×7 stride 2 at 224×224        73 ->  58
-    """
-    if k == 1 or max(height, width) <= 2:
-        return True
-    return (stride > 1 or channels == 3) and batch * height * width * k * k * channels <= 2**22
-
-
-def _batch_parts(batch: int, pixels: int, channels: int) -> int:
-    """Into how many parts to split the batch of a kernel gradient, of `pixels` outputs an image, on the CPU.
-
-    It is a matrix product over batch · pixels rows that XLA does not block; parts of 512 rows or more keep in cache.
-    3×3, float32, GFLOP/s a core of 1 -> 8 parts: batch 128, 14×14, 32 channels 36 -> 61 · 7×7, 64 channels 46 -> 70 ·
-    batch 16, 56×56, 64 channels 56 -> 81; but batch 128, 28×28, 16 channels 37 -> 29.
-    """
-    parts = 8 if channels >= 24 else 1
-    while parts > 1 and (batch % parts or batch * pixels < 512 * parts):
-        parts //= 2
-    return parts
 
 
 def _pad(x: jax.Array, padding: int, value: float) -> jax.Array:

@@ -12,23 +12,25 @@ from ssl_kd.models.layers import BatchNorm, Conv, Features, convolve, max_pool, 
 GOLDEN = Path(__file__).parents[1] / "golden" / "micro_bn_ema_optim.npz"
 
 # batch, height, width, in, out, kernel, stride, padding
-LOWERED = [
+BY_TAPS = [
     (3, 5, 7, 4, 6, 1, 1, 0),
     (3, 5, 6, 4, 6, 1, 2, 0),
-    (2, 2, 2, 160, 8, 3, 1, 1),
-    (2, 4, 3, 130, 8, 3, 2, 1),
-    (2, 9, 8, 3, 5, 5, 2, 2),
-    (2, 7, 6, 3, 5, 3, 1, 1),
+    (2, 3, 2, 4, 8, 3, 1, 1),
+    (2, 1, 1, 4, 5, 5, 1, 2),
+    (2, 5, 6, 4, 6, 3, 2, 1),
+    (2, 8, 7, 64, 4, 5, 2, 2),
     (2, 6, 9, 4, 4, 4, 3, 0),
 ]
+WINOGRAD = [(32, 4, 4, 128, 130, 3, 1, 1), (14, 5, 8, 130, 128, 3, 1, 1), (2, 17, 16, 128, 128, 3, 1, 1)]
 # In eight, four and two parts of the batch, and in one.
 PARTS = [
     (16, 16, 16, 32, 4, 3, 1, 1),
-    (12, 14, 14, 24, 4, 3, 1, 1),
+    (12, 14, 14, 3, 4, 3, 1, 1),
     (8, 12, 12, 32, 4, 5, 1, 2),
-    (3, 32, 32, 32, 4, 3, 1, 1),
+    (16, 16, 16, 16, 4, 3, 1, 1),
 ]
-PLAIN = [(2, 5, 5, 128, 8, 3, 1, 1), (64, 224, 224, 3, 64, 7, 2, 3)]
+PLAIN = [(2, 5, 5, 128, 128, 3, 1, 1), (64, 8, 8, 64, 128, 3, 1, 1), (64, 8, 8, 128, 128, 3, 1, 0)]
+DEPTHWISE = [(2, 5, 6, 8, 8, 3, 1, 1), (4, 9, 8, 6, 6, 5, 2, 2), (3, 7, 6, 6, 6, 3, 2, 1), (1, 6, 7, 5, 5, 5, 1, 2)]
 
 
 def normal(shape, seed=0):
@@ -74,13 +76,32 @@ def assert_equals_lax(shape, groups=1):
             np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", LOWERED, ids=str)
-def test_convolution_by_matmul_equals_lax_in_value_and_gradients(shape):
+@pytest.mark.parametrize("shape", BY_TAPS, ids=str)
+def test_convolution_by_taps_equals_lax_in_value_and_gradients(shape):
     assert "conv_general_dilated" not in primitives(shape)
     assert_equals_lax(shape)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6, 8, 8, 3, 1, 1), (2, 9, 8, 6, 6, 5, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", WINOGRAD, ids=str)
+def test_winograd_convolution_equals_lax_in_value_and_gradients(shape):
+    assert "conv_general_dilated" not in primitives(shape)
+    assert_equals_lax(shape)
+
+
+def test_winograd_errs_no_more_than_the_convolution_in_float32():
+    x, kernel = normal((16, 8, 8, 128)), normal((3, 3, 128, 128), seed=1)
+
+    def results(convolve, dtype):
+        out, pull = jax.vjp(convolve, x.astype(dtype), kernel.astype(dtype))
+        return out, *pull(jnp.sin(jnp.arange(out.size, dtype=dtype)).reshape(out.shape))
+
+    with jax.enable_x64(True):
+        exact = map(np.asarray, results(lambda x, w: reference_conv(x, w, 1, 1), jnp.float64))
+    for got, want in zip(results(lambda x, w: convolve(x, w, padding=1), jnp.float32), exact, strict=True):
+        assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("shape", DEPTHWISE, ids=str)
 def test_depthwise_convolution_by_shifts_equals_lax_in_value_and_gradients(shape):
     assert "conv_general_dilated" not in primitives(shape, groups=shape[3])
     assert_equals_lax(shape, groups=shape[3])
@@ -91,8 +112,7 @@ def test_the_kernel_gradient_by_parts_of_the_batch_equals_lax(shape, parts):
     batch, height, width, channels, features, k, stride, padding = shape
     x, kernel = jnp.ones((batch, height, width, channels)), jnp.ones((k, k, channels, features))
     jaxpr = jax.make_jaxpr(jax.grad(lambda w: convolve(x, w, stride=stride, padding=padding).sum()))(kernel)
-    expected = 2 + parts if parts > 1 else 2  # value, gradient of x and those of the parts; or value and gradient
-    assert str(jaxpr).count("conv_general_dilated") == expected
+    assert str(jaxpr).count("conv_general_dilated") == 2 + parts  # value, gradient of x and those of the parts
     assert_equals_lax(shape)
 
 
@@ -111,14 +131,14 @@ def test_bfloat16_kernel_gradients_are_added_up_in_float32():
 
 
 @pytest.mark.parametrize("shape", PLAIN, ids=str)
-def test_convolution_stays_where_the_matmul_is_slower(shape):
+def test_convolution_stays_where_nothing_is_faster(shape):
     assert "conv_general_dilated" in primitives(shape)
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_always_convolve(monkeypatch, backend):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    for shape in LOWERED + PARTS:
+    for shape in BY_TAPS + WINOGRAD + PARTS:
         assert "conv_general_dilated" in primitives(shape) and "custom_vjp" not in primitives(shape)
     assert "conv_general_dilated" in primitives((2, 5, 6, 8, 8, 3, 1, 1), groups=8)
 
