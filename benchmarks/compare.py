@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py embedded                          3 seeds, MoCo-v2 and ReKD
     python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode; 2 cores
+    python benchmarks/compare.py methods --source=hf:DIRECTORY     2 seeds, every method, ResNet-18 student; 2 cores
     python benchmarks/compare.py cifar10-full --source=hf:DIRECTORY    3 seeds, the full set; for an accelerator
 
 Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
@@ -10,12 +11,19 @@ repeated and stopped ones resume. Results go to benchmarks/<protocol>.json and .
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+STUDENT = "--config.student.name=resnet18"
+RESNET18 = [STUDENT, "--config.student.stem=small_s2"]
+RESNET50 = "--config.teacher.name=resnet50"
+FROZEN = "--config.teacher.source=workdir:{teacher}"
+ALONE = ["--config.method.teacher=none", "--config.optim.groups.thead.paths=('student/thead','student/reduce')"]
 
 PROTOCOLS = {
     "embedded": {
@@ -39,6 +47,27 @@ PROTOCOLS = {
                 ["--config.teacher.source=workdir:{teacher}", "--config.method.miner=soft"],
             ),
         },
+    },
+    "methods": {
+        "preset": ":cifar10",
+        "seeds": 2,
+        "set": ["epochs=8.0"],
+        "rows": {
+            "MoCo-v2": ("moco_v2_resnet18", []),
+            "ReSSL": ("ressl_resnet50", [STUDENT]),
+            "ReKD": ("rekd_alexnet", [*RESNET18, RESNET50]),
+            "teacher alone (MoCo-v2)": ("moco_v2_resnet50", ["--config.epochs=24"]),
+            "ReKD, frozen teacher": ("rekd_alexnet", [*RESNET18, FROZEN]),
+            "SEED": ("seed_resnet18", [FROZEN]),
+            "DisCo": ("disco_resnet18", [FROZEN]),
+            "CompRess": ("compress_alexnet", [*RESNET18, FROZEN]),
+            "SimReg": ("simreg_resnet18", [FROZEN]),
+            "BINGO": ("bingo_resnet18", [FROZEN]),
+            "ResNet-18 alone (MOKD)": ("mokd_resnet18_resnet50", ALONE),
+            "ResNet-50 alone (MOKD)": ("mokd_resnet18_resnet50", [*ALONE, "--config.student.name=resnet50"]),
+            "MOKD": ("mokd_resnet18_resnet50", []),
+        },
+        "others": {"MOKD": "teacher_momentum"},
     },
     "cifar10-full": {
         "preset": ":cifar10",
@@ -73,18 +102,41 @@ def train(protocol: dict, out: Path, name: str, seed: int, extra: list[str]) -> 
         f"--config=configs/{recipe}.py{protocol['preset']}",
         f"--config.seed={seed}",
         f"--workdir={where}",
-        *[option.format(teacher=teacher) for option in options],
         *extra,
+        *[option.format(teacher=teacher) for option in options],
     ]
     print("python", *command, flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    measure_memory([sys.executable, *command], where / "memory.json")
     results = json.loads((where / "results.json").read_text())
+    results["peak_gib"] = json.loads((where / "memory.json").read_text())["peak_gib"]
+    if other := protocol.get("others", {}).get(name):
+        figures = where / f"{other}.json"
+        evaluate = ["launch/evaluate.py", f"--workdir={where}", f"--network={other}", f"--json={figures}"]
+        subprocess.run([sys.executable, *evaluate], cwd=ROOT, check=True)
+        results["other"] = evaluated(json.loads(figures.read_text()))
     lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
     precision = [m["relation_precision"] for m in lines if m.get("relation_precision", -1) >= 0]
     results["relation_precision"] = statistics.mean(precision[-max(1, len(precision) // 10) :]) if precision else None
     results["command"] = " ".join(["python", *command])
     results["session"] = json.loads((where / "run.json").read_text())["sessions"][-1]
     return results
+
+
+def measure_memory(command: list[str], path: Path) -> None:
+    """Runs a command to its end, and writes down the most host memory that it, or a run before it, held at once."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    peak = usage.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+    before = json.loads(path.read_text())["peak_gib"] if path.exists() else 0.0
+    path.write_text(json.dumps({"peak_gib": max(peak, before)}))
+
+
+def evaluated(run: dict) -> dict:
+    """The row of the trained network, which comes first."""
+    return next(row for row in run.values() if isinstance(row, dict))
 
 
 def spread(values: list[float], scale: float = 100) -> str:
@@ -94,20 +146,22 @@ def spread(values: list[float], scale: float = 100) -> str:
 
 
 def markdown(runs: dict[str, list[dict]]) -> str:
-    lines = ["| features | 20-NN | linear | relation precision | minutes |", "|---|---|---|---|---|"]
+    lines = ["| features | 20-NN | linear | relation precision | minutes | GiB |", "|---|---|---|---|---|---|"]
+
+    def add(name: str, rows: list[dict], *rest: str) -> None:
+        accuracies = (spread([row[key] for row in rows]) for key in ("knn20", "linear"))
+        lines.append(f"| {' | '.join([name, *accuracies, *rest])} |")
+
     first = next(iter(runs.values()))
     for baseline in ("raw pixels", "random weights"):
-        rows = [run[baseline] for run in first]
-        lines.append(
-            f"| {baseline} | {spread([r['knn20'] for r in rows])} | {spread([r['linear'] for r in rows])} | | |"
-        )
+        add(baseline, [run[baseline] for run in first], "", "", "")
     for name, cell in runs.items():
         precision = [run["relation_precision"] for run in cell if run["relation_precision"] is not None]
-        students = [run["student"] for run in cell]
-        lines.append(
-            f"| {name} | {spread([s['knn20'] for s in students])} | {spread([s['linear'] for s in students])} | "
-            f"{spread(precision) if precision else ''} | {spread([run['seconds'] / 60 for run in cell], 1)} |"
-        )
+        minutes, memory = ([run[key] / unit for run in cell] for key, unit in (("seconds", 60), ("peak_gib", 1)))
+        costs = spread(minutes, 1), spread(memory, 1)
+        add(name, [evaluated(run) for run in cell], spread(precision) if precision else "", *costs)
+        if "other" in cell[0]:
+            add(f"{name}, the other network", [run["other"] for run in cell], "", "", "")
     return "\n".join(lines) + "\n"
 
 

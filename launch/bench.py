@@ -11,7 +11,6 @@ from absl import flags
 
 from ssl_kd import command
 from ssl_kd.bench import bench
-from ssl_kd.checkpoint import session, write_json
 from ssl_kd.log import console
 from ssl_kd.report import bench_table
 from ssl_kd.train import prepare
@@ -23,15 +22,10 @@ JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 def main() -> None:
     run = prepare(CONFIG.value, Path("unused"))
-
-    def write(figures):
-        if JSON.value:
-            write_json(Path(JSON.value), figures | {"session": session()}, "choose another --json")
-
-    write({})  # minutes of timing must not end at a file that cannot be written
+    command.write_figures(JSON.value, {})
     figures = bench(run, SECONDS.value)
     console.print(bench_table(figures))
-    write(figures)
+    command.write_figures(JSON.value, figures)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from ssl_kd.checkpoint import session, write_json
 from ssl_kd.errors import UserError
 from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
 
@@ -31,7 +33,16 @@ def run(main: Callable[[], None]) -> None:
 
 def define_config() -> flags.FlagHolder:
     """--config=FILE[:PRESET] and --config.KEY=VALUE."""
-    return config_flags.DEFINE_config_file("config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10.")
+    return config_flags.DEFINE_config_file("config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10; keys: configs/base.py.")
+
+
+def write_figures(path: str | None, figures: Mapping[str, Any]) -> None:
+    """Writes what was measured, and by what, to the file of a --json flag, if there is one.
+
+    Call it once with nothing before long work: minutes of it must not end at a file that cannot be written.
+    """
+    if path:
+        write_json(Path(path), {**figures, "session": session()}, "choose another --json")
 
 
 def default_workdir(config: ConfigDict) -> Path:
