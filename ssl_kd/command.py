@@ -33,7 +33,9 @@ def run(main: Callable[[], None]) -> None:
 
 def define_config() -> flags.FlagHolder:
     """--config=FILE[:PRESET] and --config.KEY=VALUE."""
-    return config_flags.DEFINE_config_file("config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10; keys: configs/base.py.")
+    return config_flags.DEFINE_config_file(
+        "config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10; keys: configs/base.py."
+    )
 
 
 def write_figures(path: str | None, figures: Mapping[str, Any]) -> None:

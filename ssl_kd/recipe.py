@@ -241,6 +241,8 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     positive(config, "batch_size", "epochs", "bn_groups", "log_every", "optim.accum", "checkpoint.every_epochs")
     positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
     not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
+    if config.seed >= 2**63:
+        raise UserError(f"seed={config.seed} must be below 2**63.")
     one_of("data.resident", config.data.resident, ("auto", "on", "off"))
     if not config.probe.knn or not all(isinstance(k, int) and k > 0 for k in config.probe.knn):
         raise UserError(f"probe.knn={config.probe.knn} must name at least one k, whole numbers of 1 or more.")
@@ -261,6 +263,10 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     if any(view.source == "mate" for view in method.views.values()):
         require_neighbours(config.method.neighbours, images)
     specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
+    for role, spec in specs.items() if config.method.name != "mokd" else ():
+        for key in ("thead", "drop_path"):
+            if role in method.trained and getattr(spec, key):
+                raise UserError(f"{role}.{key}={getattr(spec, key)} is for method.name='mokd' alone: set it to 0.")
     specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
     try:
         jax.eval_shape(lambda: method.init(jax.random.key(0), specs))

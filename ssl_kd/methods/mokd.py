@@ -67,6 +67,10 @@ class MOKD:
         require_ranges(self, above_zero=(*temperatures, "local_crops", "local_size"))
         require_ranges(self, unit=("centre_momentum", "momentum"), not_negative=("student_cross", "teacher_cross"))
         require_ranges(self, above_zero=("self_temperature_epochs", "temperature_epochs"))
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"method.{name}={(low, high)} must be low <= high within (0, 1]")
 
     # Roles.
 

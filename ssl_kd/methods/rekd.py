@@ -77,7 +77,9 @@ class ReKD:
     def __post_init__(self):
         require_ranges(self, above_zero=("temperature", "queue", "prototypes", "teacher_temperature"))
         require_ranges(
-            self, unit=("momentum", "prototype_momentum", "alpha", "warmup"), not_negative=("teacher_weight",)
+            self,
+            unit=("momentum", "prototype_momentum", "threshold", "alpha", "warmup"),
+            not_negative=("teacher_weight",),
         )
         if self.knowledge == "response" and self.teacher == "self":
             raise ValueError("method.knowledge='response' needs a teacher: set method.teacher to 'online' or 'frozen'")

@@ -1,0 +1,284 @@
+"""The CPU's convolutions, forward and backward: XLA's own, ssl_kd's and, where it is installed, PyTorch's.
+
+    python benchmarks/convolutions.py [--rounds=7] [--only=TEXT] [--out=benchmarks/convolutions]
+
+Writes OUT.json and OUT.md: GFLOP/s of single convolutions, ms an image of whole networks. What `convolve` in
+ssl_kd/models/layers.py does with which shape rests on them. One thread, float32; CPU seconds, not the clock's, so that
+other work on the machine counts little; the sides take turns, and the fastest of their rounds counts.
+"""
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_kd.checkpoint import session, write_json
+from ssl_kd.models import MODELS, layers
+
+try:
+    import torch
+    import torch_step
+except ImportError:
+    torch = None
+else:
+    torch.set_num_threads(1)
+
+# Batch, size, in, out, kernel, stride, padding; by where they come from. Depthwise where in == out == groups.
+SHAPES = {
+    "rekd_alexnet's student": [
+        (128, 28, 3, 48, 5, 2, 2),
+        (128, 7, 48, 128, 5, 1, 2),
+        (128, 3, 128, 192, 3, 1, 1),
+        (128, 3, 192, 192, 3, 1, 1),
+    ],
+    "rekd_alexnet's teacher": [
+        (128, 28, 3, 32, 3, 2, 1),
+        (128, 14, 32, 32, 3, 1, 1),
+        (128, 14, 32, 64, 3, 2, 1),
+        (128, 14, 32, 64, 1, 2, 0),
+        (128, 7, 64, 64, 3, 1, 1),
+        (128, 7, 64, 128, 3, 2, 1),
+        (128, 4, 128, 128, 3, 1, 1),
+        (128, 4, 128, 256, 3, 2, 1),
+        (128, 2, 256, 256, 3, 1, 1),
+    ],
+    "ResNet-18, 64 px": [
+        (64, 64, 3, 64, 7, 2, 3),
+        (64, 16, 64, 64, 3, 1, 1),
+        (64, 8, 128, 128, 3, 1, 1),
+        (64, 4, 256, 256, 3, 1, 1),
+        (64, 2, 512, 512, 3, 1, 1),
+    ],
+    "ResNet-18, 224 px": [
+        (16, 224, 3, 64, 7, 2, 3),
+        (16, 56, 64, 64, 3, 1, 1),
+        (16, 56, 64, 128, 3, 2, 1),
+        (16, 28, 128, 128, 3, 1, 1),
+        (16, 14, 256, 256, 3, 1, 1),
+        (16, 7, 512, 512, 3, 1, 1),
+    ],
+    "AlexNet, 224 px": [(16, 224, 3, 96, 11, 4, 2), (16, 27, 96, 256, 5, 1, 2), (16, 13, 384, 384, 3, 1, 1)],
+}
+DEPTHWISE = {
+    "MobileNet-V3-L, 64 px": [
+        (32, 32, 64, 64, 3, 2, 1),
+        (32, 16, 72, 72, 3, 1, 1),
+        (32, 16, 72, 72, 5, 2, 2),
+        (32, 8, 120, 120, 5, 1, 2),
+        (32, 4, 480, 480, 3, 1, 1),
+        (32, 4, 672, 672, 5, 2, 2),
+    ],
+    "MobileNet-V3-L, 224 px": [(8, 56, 72, 72, 3, 1, 1), (8, 28, 120, 120, 5, 1, 2)],
+}
+NETWORKS = [("resnet18", 64, 32), ("alexnet", 64, 32), ("depthwise", 64, 32)]
+NETWORKS += [("resnet18", 224, 8), ("alexnet", 224, 8), ("depthwise", 224, 8)]
+BLOCKS = ((16, 3, 1, 1), (24, 3, 2, 4), (24, 3, 1, 3), (40, 5, 2, 3), (40, 5, 1, 3), (80, 3, 2, 6), (80, 3, 1, 3))
+BLOCKS += ((112, 3, 1, 6), (160, 5, 2, 6), (160, 5, 1, 6))
+"""Of the depthwise network, in MobileNet's manner: features, kernel, stride, expansion."""
+
+
+class Depthwise(nn.Module):
+    """A stride-2 stem and inverted residual blocks without skips: what a depthwise network spends its time on."""
+
+    @nn.compact
+    def __call__(self, x):
+        def unit(x, features, kernel, stride=1, groups=1):
+            x = layers.Conv(features, kernel, stride, groups=groups)(x)
+            return nn.relu(layers.BatchNorm()(x, norm="batch"))
+
+        x = unit(x, 16, 3, 2)
+        for features, kernel, stride, expansion in BLOCKS:
+            wide = expansion * x.shape[-1]
+            x = unit(unit(unit(x, wide, 1), wide, kernel, stride, groups=wide), features, 1)
+        return x.mean((1, 2))
+
+
+def torch_network(name: str, size: int):
+    if name == "alexnet":
+        return torch_step.AlexNet(1.0, "imagenet", size)
+    if name == "resnet18":
+        return torch_step.ResNet(*torch_step.RESNETS[name], 1.0, "imagenet")
+
+    def unit(features_in, features, kernel, stride=1, groups=1):
+        convolution = torch.nn.Conv2d(features_in, features, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [convolution, torch.nn.BatchNorm2d(features), torch.nn.ReLU(inplace=True)]
+
+    modules, features_in = unit(3, 16, 3, 2), 16
+    for features, kernel, stride, expansion in BLOCKS:
+        wide = expansion * features_in
+        modules += unit(features_in, wide, 1) + unit(wide, wide, kernel, stride, wide) + unit(wide, features, 1)
+        features_in = features
+    return torch.nn.Sequential(*modules, torch.nn.AdaptiveAvgPool2d(1))
+
+
+def convolution_sides(shape: tuple[int, ...], groups: int) -> dict[str, Callable]:
+    """What each side does: the value, the kernel's gradient and, but for images, that of x."""
+    batch, size, channels, features, k, stride, padding = shape
+    rng, out = np.random.default_rng(0), (size + 2 * padding - k) // stride + 1
+    x, kernel, gradient = (
+        rng.normal(size=s).astype(np.float32)
+        for s in ((batch, size, size, channels), (k, k, channels // groups, features), (batch, out, out, features))
+    )
+
+    def side(convolve):
+        def run(x, kernel, gradient):
+            out, pull = jax.vjp(convolve, x, kernel)
+            of_x, of_kernel = pull(gradient)
+            return (out, of_kernel) if channels == 3 else (out, of_kernel, of_x)  # XLA drops what is not returned
+
+        arguments = [jnp.asarray(a) for a in (x, kernel, gradient)]
+        compiled = jax.jit(run).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    how = {"stride": stride, "padding": padding, "groups": groups}
+    sides = {
+        "xla": side(lambda x, kernel: layers._convolve(x, kernel, stride, padding, groups)),
+        "ssl_kd": side(lambda x, kernel: layers.convolve(x, kernel, **how)),
+    }
+    if torch:
+        there = [torch.tensor(a.transpose(order)) for a, order in zip((x, kernel, gradient), ORDERS, strict=True)]
+        tx, tkernel, tgradient = (a.contiguous(memory_format=torch.channels_last) for a in there)
+        geometry = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
+
+        def run():
+            torch.conv2d(tx, tkernel, None, stride, padding, 1, groups)
+            mask = [channels != 3, True, False]
+            torch.ops.aten.convolution_backward(tgradient, tx, tkernel, None, *geometry, mask)
+
+        sides["torch"] = run
+    return sides
+
+
+ORDERS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+"""From NHWC, HWIO and NHWC to torch's."""
+
+
+def network_sides(name: str, size: int, batch: int) -> dict[str, Callable]:
+    """Value and gradients of the parameters of a network's mean squared feature, its batch norms in training mode."""
+    images = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
+    network = Depthwise() if name == "depthwise" else MODELS[name]()
+    call = {} if name == "depthwise" else {"norm": "batch"}
+    variables = network.init(jax.random.key(0), images, **call)
+
+    def loss(params):
+        out, moved = network.apply({**variables, "params": params}, images, **call, mutable=["batch_stats"])
+        return jnp.square(getattr(out, "pooled", out)).mean(), moved
+
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"]).compile()
+    sides: dict[str, Callable] = {"ssl_kd": lambda: jax.block_until_ready(compiled(variables["params"]))}
+    if torch:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            there = torch_network(name, size).to(memory_format=layout)
+            x = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
+
+            def run(there=there, x=x):
+                there.zero_grad()
+                there(x).square().mean().backward()
+
+            sides[f"torch, {str(layout).removeprefix('torch.')}"] = run
+    return sides
+
+
+def cpu_seconds(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Of one call of each side, the least of the rounds, in which they take turns of 50 ms or one call."""
+    fastest, calls = {}, {}
+    for name, side in sides.items():
+        side()
+        began = time.process_time()
+        side()
+        calls[name] = 1 + int(0.05 / (time.process_time() - began + 1e-6))
+    for _ in range(rounds):
+        for name, side in sides.items():
+            began = time.process_time()
+            for _ in range(calls[name]):
+                side()
+            seconds = (time.process_time() - began) / calls[name]
+            fastest[name] = min(seconds, fastest.get(name, seconds))
+    return fastest
+
+
+def line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return line(*head) + line(*["---"] * 2, *["---:"] * (len(head) - 2)) + "".join(line(*row) for row in rows) + "\n"
+
+
+def ratio(seconds: dict[str, float], other: str) -> str:
+    return f"{seconds[other] / seconds['ssl_kd']:.2f}" if other in seconds else "–"
+
+
+def report(results: dict, record: dict) -> str:
+    """The Markdown of the results."""
+    convolutions, networks = [], []
+    sides = ("xla", "ssl_kd", "torch")
+    for r in results["convolutions"]:
+        seconds = r["seconds"]
+        rates = [f"{r['gflop'] / seconds[side]:.0f}" if side in seconds else "–" for side in sides]
+        convolutions.append((r["where"], r["shape"], *rates, ratio(seconds, "xla"), ratio(seconds, "torch")))
+    for r in results["networks"]:
+        each = {side: 1e3 * seconds / r["batch"] for side, seconds in r["seconds"].items()}
+        best = min((side for side in each if side != "ssl_kd"), key=each.__getitem__, default="")
+        theirs = f"{each[best]:.2f}, {best.removeprefix('torch, ')}" if best else "–"
+        images = f"{r['size']} px × {r['batch']}"
+        networks.append((r["network"], images, f"{each['ssl_kd']:.2f}", theirs, ratio(each, best)))
+    versions = [f"{name} {record['versions'][name]}" for name in ("jax", "jaxlib", "numpy")]
+    versions += [f"torch {record['torch']}"] if record["torch"] else []
+    return (
+        "# Convolutions on one core\n\n"
+        "GFLOP/s of forward and backward, float32; every product of the plain convolution counts, also those with\n"
+        "padding and those that Winograd's algorithm saves.\n\n"
+        + table(("of", "batch × size, in → out, kernel / stride", *sides, "÷ xla", "÷ torch"), convolutions)
+        + "Forward and backward of whole networks, full width, ms an image; torch in the faster of its layouts.\n\n"
+        + table(("network", "images", "ssl_kd", "torch", "ratio of rates"), networks)
+        + f"`python {record['command']}` on one core of {record['cpu']}; {', '.join(versions)}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="only what has this text in its name")
+    parser.add_argument("--out", default=str(Path(__file__).with_suffix("")), help="without .json and .md")
+    args = parser.parse_args()
+    results: dict[str, list] = {"convolutions": [], "networks": []}
+    for where, shapes in (SHAPES | DEPTHWISE).items():
+        for shape in shapes if args.only in where else ():
+            groups = shape[2] if where in DEPTHWISE else 1
+            batch, size, channels, features, k, stride, padding = shape
+            gflop = 2e-9 * batch * ((size + 2 * padding - k) // stride + 1) ** 2 * k * k * channels / groups * features
+            name = f"{batch} × {size}², {channels} → {features}, {k}×{k} / {stride}" + " depthwise" * (groups > 1)
+            seconds = cpu_seconds(convolution_sides(shape, groups), args.rounds)
+            gflop *= 2 if channels == 3 else 3
+            results["convolutions"].append({"where": where, "shape": name, "gflop": gflop, "seconds": seconds})
+            print(where, name, {side: round(gflop / s) for side, s in seconds.items()}, flush=True)
+    for network, size, batch in NETWORKS:
+        if args.only in f"{network}, {size} px":
+            seconds = cpu_seconds(network_sides(network, size, batch), args.rounds)
+            results["networks"].append({"network": network, "size": size, "batch": batch, "seconds": seconds})
+            print(network, size, {side: f"{1e3 * s / batch:.2f} ms" for side, s in seconds.items()}, flush=True)
+    record = session() | {"cpu": cpu_name(), "torch": torch.__version__ if torch else None}
+    write_json(Path(f"{args.out}.json"), record | results, "choose another --out")
+    Path(f"{args.out}.md").write_text(report(results, record))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
