@@ -1,20 +1,25 @@
-"""The ReKD step in plain PyTorch, as a careful user would write it: the other side of `benchmarks/peer.py`.
+"""A ReKD or DisCo step in plain PyTorch, as a careful user would write it: the other side of `benchmarks/peer.py`.
 
-The networks, sizes and losses of ssl_kd's online prototype form. It does less around them: batch norm over the whole
-batch (no groups, no shuffle), one candidate a crop and no antialiasing (`grid_sample`), a constant rate, no re-seeding
-of idle prototypes, no metrics, no guard against what is not finite; and on a GPU TF32 where ssl_kd's similarities are
-exact float32. It runs eagerly, without torch.compile. With compute_dtype bfloat16: autocast; on a GPU channels last.
-Run by peer.py, which sends the sizes as one line of JSON and then asks for timings; it answers with seconds a step.
+The networks, sizes and losses of ssl_kd's online prototype form of ReKD, and of DisCo without its relational terms. It
+does less around them: batch norm over the whole batch (no groups, no shuffle), one candidate a crop and no antialiasing
+(`grid_sample`), a constant rate, no re-seeding of idle prototypes, no metrics, no guard against what is not finite; and
+on a GPU TF32 where ssl_kd's similarities are exact float32. It runs eagerly, without torch.compile. With compute_dtype
+bfloat16: autocast; on a GPU channels last. The ResNets are written out because those of libraries take neither our
+widths nor our small stems; at width 1 with the imagenet stem they are timm's, layer for layer.
+Run by peer.py, which sends the sizes as one line of JSON, reads what work a step is, and then asks for timings; it
+answers with seconds a step.
 """
 
 import copy
 import json
 import sys
 import time
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -105,7 +110,8 @@ def network(spec: dict, size: int) -> nn.Sequential:
     else:
         backbone = ResNet(*RESNETS[spec["name"]], spec["width"], spec["stem"])
     d = backbone.pooled_dim
-    head = nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, spec["dim"]))
+    hidden = spec["head_hidden"] or d
+    head = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, spec["dim"]))
     return nn.Sequential(backbone, head).to(DEVICE, memory_format=torch.channels_last if DEVICE == "cuda" else None)
 
 
@@ -192,65 +198,129 @@ def hue(x, a, draw):
 JITTER = (brightness, contrast, saturation, hue)
 
 
+def unit_rows(count: int, dim: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, device=DEVICE))
+
+
+def info_nce(logits: torch.Tensor) -> torch.Tensor:
+    return -logits.log_softmax(1)[:, 0].mean()
+
+
 class Step:
-    """One ReKD step on a resident set of random images."""
+    """A step on a resident set of random images; a method says what is embedded, the loss, and the rows it keeps."""
+
+    rows: dict[str, torch.Tensor]
+    """The queue: name → (K, …), the oldest rows overwritten first."""
 
     def __init__(self, c: dict):
-        self.c = c
-        size, k, m = c["image_size"], c["queue"], c["prototypes"]
-        self.student, self.teacher = network(c["student"], size), network(c["teacher"], size)
-        self.student_momentum, self.teacher_momentum = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
-        self.trained = [*self.student.parameters(), *self.teacher.parameters()]
-        self.averaged = [*self.student_momentum.parameters(), *self.teacher_momentum.parameters()]
+        self.c, self.method, self.ptr = c, c["method"], 0
+        self.networks = {role: network(spec, c["image_size"]) for role, spec in c["networks"].items()}
+        for role in c["frozen"]:
+            self.networks[role].eval().requires_grad_(False)
+        averages = {f"{role}_momentum": copy.deepcopy(self.networks[role]) for role in c["trained"]}
+        self.trained = [p for role in c["trained"] for p in self.networks[role].parameters()]
+        self.averaged = [p for average in averages.values() for p in average.parameters()]
+        self.networks |= averages
         self.optimizer = torch.optim.SGD(self.trained, c["lr"], momentum=0.9, weight_decay=c["weight_decay"])
-        rows = {
-            name: torch.randn(k, c[role]["dim"], device=DEVICE) for name, role in (("k", "student"), ("u", "teacher"))
-        }
-        self.queue = {name: F.normalize(x) for name, x in rows.items()}
-        self.ids = torch.full((k,), -1, device=DEVICE)
-        self.centres = F.normalize(torch.randn(m, c["teacher"]["dim"], device=DEVICE))
-        self.ptr = 0
-        self.images = torch.randint(
-            0, 256, (c["images"], c["canvas"], c["canvas"], 3), dtype=torch.uint8, device=DEVICE
-        )
+        shape = (c["images"], c["canvas"], c["canvas"], 3)
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
         mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
         self.mean, self.std = mean.view(3, 1, 1).to(DEVICE), std.view(3, 1, 1).to(DEVICE)
+
+    def embed(self, one: torch.Tensor, two: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Every embedding of the two views that the loss takes."""
+        raise NotImplementedError
+
+    def loss(self, *embeddings: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of the normalised embeddings; and the new rows of the queue."""
+        raise NotImplementedError
 
     def view(self, images: torch.Tensor) -> torch.Tensor:
         x = (augment(images, self.c["augment"], self.c["image_size"]) - self.mean) / self.std
         return x.to(memory_format=torch.channels_last) if DEVICE == "cuda" else x
 
+    def contrast(self, q: torch.Tensor, k: torch.Tensor, name: str) -> torch.Tensor:
+        """Logits of each query against its own key, then against the queue."""
+        return torch.cat([(q * k).sum(1, keepdim=True), q @ self.rows[name].T], 1) / self.method["temperature"]
+
     def __call__(self) -> torch.Tensor:
-        c, tau = self.c, self.c["temperature"]
+        c = self.c
         with torch.no_grad():
             index = torch.randint(0, len(self.images), (c["batch_size"],), device=DEVICE)
             images = self.images[index]
             one, two = self.view(images), self.view(images)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=c["bfloat16"]):
-            q, t = self.student(one), self.teacher(one)
-            with torch.no_grad():
-                k, u = self.student_momentum(two), self.teacher_momentum(two)
-        q, k, t, u = (F.normalize(x.float()) for x in (q, k, t, u))
-        y = (u @ self.centres.T).argmax(1)
-        positives = torch.cat([torch.ones_like(y, dtype=torch.bool)[:, None], y[:, None] == self.ids[None]], 1)
-        targets = positives / positives.sum(1, keepdim=True)
-        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue["k"].T], 1) / tau
-        loss = -(targets * logits.log_softmax(1)).sum(1).mean()
-        own = torch.cat([(t * u).sum(1, keepdim=True), t @ self.queue["u"].T], 1) / tau
-        loss = loss - own.log_softmax(1)[:, 0].mean()
+            embeddings = self.embed(one, two)
+        loss, new = self.loss(*(F.normalize(x.float()) for x in embeddings))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.trained, 1 - c["momentum"])
-            rows = (self.ptr + torch.arange(len(k), device=DEVICE)) % len(self.ids)
-            self.queue["k"][rows], self.queue["u"][rows], self.ids[rows] = k, u, y
-            self.ptr = (self.ptr + len(k)) % len(self.ids)
-            total = torch.zeros_like(self.centres).index_add_(0, y, u)
-            count = torch.zeros_like(self.centres[:, 0]).index_add_(0, y, torch.ones_like(u[:, 0]))[:, None]
-            moved = F.normalize(0.99 * self.centres + 0.01 * total / count.clamp(min=1))
-            self.centres = torch.where(count > 0, moved, self.centres)
+            torch._foreach_lerp_(self.averaged, self.trained, 1 - self.method["momentum"])
+            oldest = (self.ptr + torch.arange(len(images), device=DEVICE)) % self.method["queue"]
+            for name, rows in new.items():
+                self.rows[name][oldest] = rows
+            self.ptr = (self.ptr + len(images)) % self.method["queue"]
         return loss
+
+
+class ReKD(Step):
+    def __init__(self, c: dict):
+        super().__init__(c)
+        k, student, teacher = self.method["queue"], c["networks"]["student"]["dim"], c["networks"]["teacher"]["dim"]
+        self.rows = {"k": unit_rows(k, student), "u": unit_rows(k, teacher), "y": torch.full((k,), -1, device=DEVICE)}
+        self.centres = unit_rows(self.method["prototypes"], teacher)
+
+    def embed(self, one, two):
+        q, t = self.networks["student"](one), self.networks["teacher"](one)
+        with torch.no_grad():
+            return q, t, self.networks["student_momentum"](two), self.networks["teacher_momentum"](two)
+
+    def loss(self, q, t, k, u):
+        y = (u @ self.centres.T).argmax(1)
+        positives = torch.cat([torch.ones_like(y, dtype=torch.bool)[:, None], y[:, None] == self.rows["y"][None]], 1)
+        targets = positives / positives.sum(1, keepdim=True)
+        loss = -(targets * self.contrast(q, k, "k").log_softmax(1)).sum(1).mean() + info_nce(self.contrast(t, u, "u"))
+        total = torch.zeros_like(self.centres).index_add_(0, y, u)
+        count = torch.zeros_like(self.centres[:, 0]).index_add_(0, y, torch.ones_like(u[:, 0]))[:, None]
+        moved = F.normalize(0.99 * self.centres + 0.01 * total / count.clamp(min=1))
+        self.centres = torch.where(count > 0, moved, self.centres)
+        return loss, {"k": k, "u": u, "y": y}
+
+
+class DisCo(Step):
+    def __init__(self, c: dict):
+        super().__init__(c)
+        self.rows = {"k": unit_rows(self.method["queue"], c["networks"]["student"]["dim"])}
+
+    def embed(self, one, two):
+        student, teacher = self.networks["student"], self.networks["teacher"]
+        with torch.no_grad():
+            k, t, t2 = self.networks["student_momentum"](two), teacher(one), teacher(two)
+        return student(one), student(two), k, t, t2
+
+    def loss(self, q, q2, k, t, t2):
+        consistency = (t - q).square().sum(1).mean() + (t2 - q2).square().sum(1).mean()
+        contrast = info_nce(self.contrast(q, k, "k"))
+        return self.method["contrast"] * contrast + self.method["consistency"] * consistency, {"k": k}
+
+
+STEPS = {"rekd": ReKD, "disco": DisCo}
+
+
+def work(step: Step) -> dict:
+    """Parameters of each network; forwards of each and FLOPs of a step, which it takes."""
+    forwards: Counter[str] = Counter()
+    hooks = [
+        network.register_forward_hook(lambda *_, name=name: forwards.update([name]))
+        for name, network in step.networks.items()
+    ]
+    with FlopCounterMode(display=False) as flops:
+        step()
+    for hook in hooks:
+        hook.remove()
+    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in step.networks.items()}
+    return {"parameters": parameters, "forwards": forwards, "flops": flops.get_total_flops()}
 
 
 def timed(step: Step, budget: float) -> float:
@@ -267,11 +337,12 @@ def timed(step: Step, budget: float) -> float:
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    step = Step(json.loads(sys.stdin.readline()))
+    sizes = json.loads(sys.stdin.readline())
+    step = STEPS[sizes["method"]["name"]](sizes)
     for _ in range(3):
         step()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(json.dumps({"torch": torch.__version__, "device": device}), flush=True)
+    print(json.dumps({"torch": torch.__version__, "device": device, "work": work(step)}), flush=True)
     for line in sys.stdin:
         print(json.dumps(timed(step, float(line))), flush=True)
 
