@@ -1,59 +1,83 @@
 #!/usr/bin/env bash
-# Everything worth measuring on an accelerator, unattended: the step in parts, PyTorch's step beside it, CIFAR-10 runs.
+# Everything worth measuring on an accelerator, unattended: the step beside PyTorch's, its parts, CIFAR-10 runs.
 #
 #   bash benchmarks/gpu.sh OUT [DIRECTORY of CIFAR-10 parquet files]
 #   REHEARSE=1 bash benchmarks/gpu.sh OUT       the same commands in miniature, for a machine without an accelerator
 #
-# Needs jax for the accelerator (README) and, for the second part, benchmarks/requirements-peer.txt. One failing
-# measurement does not stop the others; the exit status is 1 if any failed.
+# Needs jax for the accelerator (README) and, to compare, benchmarks/requirements-peer.txt. What matters most comes
+# first. A measurement prints to OUT/NAME.log, which becomes OUT/NAME.txt when it is done: the same command, after it was
+# cut off, goes on with those that are not. A rehearsal's results go to OUT/rehearsal. One failing measurement does not
+# stop the others; the exit status is 1 if any failed.
 set -uo pipefail
 if [[ -z ${1:-} ]]; then
   echo "the folder for the results is missing: bash benchmarks/gpu.sh OUT [CIFAR-10 directory]" >&2
   exit 2
 fi
-out=$(realpath -m "$1")
+out=$(realpath -m "$1")${REHEARSE:+/rehearsal}
 cifar=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.." && mkdir -p "$out" || exit 2
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # the two sides of a comparison share one device's memory
 
-seconds=40
-imagenet="--config.data.source=synthetic:256x4096 --config.data.resident=on"
-small="" shrink=""
+seconds=30 small="" width=1
+images=(--config.data.source=synthetic:256x4096 --config.data.resident=on)
 if [[ ${REHEARSE:-} ]]; then
-  seconds=2
-  small=":smoke"
-  imagenet="--config.data.source=synthetic:72x64 --config.data.resident=on --config.image_size=64"
-  shrink="--config.batch_size=16 --config.bn_groups=2 --config.method.queue=64"
+  seconds=2 small=:smoke width=0.125
+  images=(--config.data.source=synthetic:72x64 --config.data.resident=on --config.image_size=64)
+  images+=(--config.batch_size=16 --config.bn_groups=2 --config.method.queue=64 --config.student.width=$width)
 fi
 
 failed=0
-measure() { # NAME COMMAND...: keeps what the command prints in OUT/NAME.txt
+measure() { # NAME COMMAND...
   local name=$1
   shift
+  if [[ -e $out/$name.txt ]]; then
+    echo "== $name is done: $out/$name.txt"
+    return
+  fi
   echo "== $name: $*"
-  "$@" 2>&1 | tee "$out/$name.txt"
-  [[ ${PIPESTATUS[0]} == 0 ]] || { echo "== $name failed"; failed=1; }
+  if "$@" 2>&1 | tee "$out/$name.log"; then
+    mv "$out/$name.log" "$out/$name.txt"
+  else
+    echo "== $name failed"
+    failed=1
+  fi
 }
 
-recipes=(
-  "embedded|configs/rekd_alexnet.py$small"
-  "imagenet|configs/rekd_alexnet.py:imagenet $imagenet $shrink"
-  "imagenet-resnet18|configs/rekd_alexnet.py:imagenet --config.student.name=resnet18 $imagenet $shrink"
-)
-python -c "import torch" 2>/dev/null || echo "== torch is not installed: no comparison with it"
-for recipe in "${recipes[@]}"; do
-  name=${recipe%%|*}
-  read -ra arguments <<<"--config=${recipe#*|}"
-  measure "bench-$name" python launch/bench.py "${arguments[@]}" --seconds=$seconds --json="$out/bench-$name.json"
-  if python -c "import torch" 2>/dev/null; then
-    measure "peer-$name" python benchmarks/peer.py "${arguments[@]}" --seconds=$seconds --json="$out/peer-$name.json"
+bench() { # NAME OPTION...
+  measure "bench-$1" python launch/bench.py "${@:2}" --seconds=$seconds --json="$out/bench-$1.json"
+}
+
+peer() { # NAME OPTION...
+  if [[ $torch ]]; then
+    measure "peer-$1" python benchmarks/peer.py "${@:2}" --seconds=$seconds --json="$out/peer-$1.json"
   fi
-done
-name=bench-$name-remat # of the last recipe
-measure "$name" python launch/bench.py "${arguments[@]}" --config.remat=True --seconds=$seconds --json="$out/$name.json"
+}
+
+torch=$(python -c "import torch; print(torch.__version__)" 2>/dev/null) ||
+  echo "== torch is not installed: no comparison with it"
+
+rekd=(--config=configs/rekd_alexnet.py:imagenet "${images[@]}" --config.teacher.width=$width)
+embedded=(--config=configs/rekd_alexnet.py$small)
+disco=(--config=configs/disco_resnet18.py:imagenet "${images[@]}" --config.teacher.source="workdir:$out/teacher")
+# A ResNet-50 of one step on small images: a step of DisCo takes as long with any weights. Its width comes with them.
+teacher=(--config=configs/moco_v2_resnet50.py:smoke --config.student.width=$width --config.student.stem=imagenet)
+teacher+=(--config.data.source=synthetic:64x64 --config.data.train=train --config.data.test=test)
+teacher+=(--config.image_size=64 --config.batch_size=16 --config.epochs=0.25)
+teacher+=(--config.probe.every_epochs=0.0 --config.probe.linear=False)
+
+peer imagenet-rekd "${rekd[@]}"
+measure teacher python launch/main.py "${teacher[@]}" --workdir="$out/teacher"
+peer imagenet-disco "${disco[@]}"
+bench imagenet-rekd "${rekd[@]}"
+bench imagenet-disco "${disco[@]}"
+peer embedded-rekd "${embedded[@]}"
+bench embedded-rekd "${embedded[@]}"
+peer imagenet-rekd-resnet18 "${rekd[@]}" --config.student.name=resnet18
+bench imagenet-rekd-resnet18 "${rekd[@]}" --config.student.name=resnet18
+bench imagenet-rekd-resnet18-remat "${rekd[@]}" --config.student.name=resnet18 --config.remat=True
 
 if [[ $cifar ]]; then
   measure cifar10-full python benchmarks/compare.py cifar10-full --source="hf:$cifar" --out="$out/cifar10-full"
-  cp benchmarks/cifar10-full.{json,md} "$out/"
+  [[ -e $out/cifar10-full.txt ]] && cp benchmarks/cifar10-full.{json,md} "$out/"
 fi
 exit $failed

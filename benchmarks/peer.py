@@ -2,70 +2,97 @@
 
     pip install -r benchmarks/requirements-peer.txt
     python benchmarks/peer.py --config=configs/rekd_alexnet.py [--config.KEY=VALUE …] [--seconds=60] [--json=FILE]
+    python benchmarks/peer.py --config=configs/disco_resnet18.py
 
-Online ReKD with the prototype miner on AlexNet and ResNets; the ratio is images/s of ssl_kd over PyTorch's. What
-differs between the two is said in torch_step.py.
+Online ReKD with the prototype miner and DisCo, on AlexNet and ResNets; the ratio is images/s of ssl_kd over PyTorch's.
+Both sides must have the same parameters, forwards and, within a percent, FLOPs; what else differs is said in
+torch_step.py. A frozen teacher may be left unnamed: a step takes as long with any weights.
 """
 
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import jax
+import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
+from configs import base
 from ssl_kd import command
-from ssl_kd.bench import seconds_a_call, stepper
-from ssl_kd.checkpoint import session, write_json
+from ssl_kd.bench import flops_of, seconds_a_call, stepper
+from ssl_kd.checkpoint import Checkpoints, session, write_json
 from ssl_kd.errors import UserError
-from ssl_kd.recipe import flatten
+from ssl_kd.models import backbone_calls
+from ssl_kd.recipe import flatten, make_method, make_recipe
+from ssl_kd.state import create_state
+from ssl_kd.step import TrainStep
 from ssl_kd.train import Run, prepare
+from ssl_kd.trained import FROM_WORKDIR
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 60.0, "For all timings together.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that both are timed, in turn.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
-WRITTEN_FOR = {
-    "method.name": ("rekd",),
-    "method.teacher": ("online",),
-    "method.miner": ("prototype",),
-    "method.knowledge": ("relation",),
-    "method.balanced": (False,),
-    "method.teacher_weight": (1.0,),
-    "method.prototype_momentum": (0.99,),
-    "optim.name": ("sgd",),
-    "optim.momentum": (0.9,),
-    "optim.decay": ("all",),
-    "optim.accum": (1,),
-    "augment.solarize": (0.0,),
-    "student.head_hidden": (0,),
-    "teacher.head_hidden": (0,),
-    "student.name": ("alexnet", "resnet18", "resnet34", "resnet50"),
-    "teacher.name": ("alexnet", "resnet18", "resnet34", "resnet50"),
-    "remat": (False,),
+NETWORKS = ("alexnet", "resnet18", "resnet34", "resnet50")
+WRITTEN_FOR: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {
+        "method.name": ("rekd", "disco"),
+        "optim.name": ("sgd",),
+        "optim.momentum": (0.9,),
+        "optim.decay": ("all",),
+        "optim.accum": (1,),
+        "augment.solarize": (0.0,),
+        "student.name": NETWORKS,
+        "teacher.name": NETWORKS,
+        "student.head": ("mlp",),
+        "teacher.head": ("mlp",),
+        "remat": (False,),
+    },
+    "rekd": {
+        "method.teacher": ("online",),
+        "method.miner": ("prototype",),
+        "method.knowledge": ("relation",),
+        "method.balanced": (False,),
+        "method.teacher_weight": (1.0,),
+        "method.prototype_momentum": (0.99,),
+    },
+    "disco": {
+        "method.distance": (0.0,),
+        "method.angle": (0.0,),
+        "method.teacher_norm": ("running",),
+    },
 }
-"""Keys and the values that torch_step.py knows."""
+"""Method, '' for every one → keys and the values that torch_step.py knows."""
+
+FLOPS_APART = 0.01
+"""Share by which the sides' FLOPs after augmentation may differ: small products may be written as sums."""
 
 
 class Peer:
     """The PyTorch program in a process of its own, idle while it is not asked."""
 
     def __init__(self, run: Run):
-        c = run.config
-        sizes = {key: c.method[key] for key in ("queue", "prototypes", "temperature", "momentum")}
-        specs = {role: run.recipe.specs[role] for role in ("student", "teacher")}
-        sizes |= {role: {"name": s.name, "width": s.width, "stem": s.stem, "dim": s.dim} for role, s in specs.items()}
+        c, method = run.config, run.recipe.method
+        roles = {"trained": method.trained, "frozen": method.frozen}
+        networks = {role: c[role].to_dict() | {"stem": run.recipe.specs[role].stem} for role in sum(roles.values(), ())}
+        sizes = roles | {"networks": networks, "method": c.method.to_dict(), "augment": c.augment.to_dict()}
         sizes |= {"image_size": c.image_size, "canvas": run.train.image_shape[0], "images": min(len(run.train), 10_000)}
         sizes |= {"batch_size": c.batch_size, "lr": c.optim.lr, "weight_decay": c.optim.weight_decay}
-        sizes |= {"augment": c.augment.to_dict(), "bfloat16": c.compute_dtype == "bfloat16"}
+        sizes |= {"bfloat16": c.compute_dtype == "bfloat16"}
         script = Path(__file__).with_name("torch_step.py")
         self.process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.versions = self.ask(json.dumps(sizes))
+        self.about = self.ask(json.dumps(sizes))
 
     def ask(self, line: str):
         self.process.stdin.write(line + "\n")
@@ -83,10 +110,52 @@ class Peer:
         self.process.wait()
 
 
+def work(run: Run) -> dict[str, Any]:
+    """Of our step, what torch_step.py counts of its own; FLOPs as they are without the CPU's cheaper convolutions."""
+    step, rows = TrainStep(run.recipe, run.mesh), np.arange(run.config.batch_size, dtype=np.int32)
+    state, frozen = jax.eval_shape(run.create), run.frozen()
+    images = jax.ShapeDtypeStruct((len(rows), *run.train.image_shape), np.uint8)
+    views = jax.eval_shape(lambda images: step.views(0, {"image": images}, rows, None), images)
+
+    def learn(state, frozen, views):
+        context = step.context(state, {"index": rows, "label": rows}, 0)
+        return jax.value_and_grad(step.loss, has_aux=True)(state.trained, state, frozen, views, context)
+
+    with mock.patch("jax.default_backend", lambda: "gpu"), backbone_calls() as calls:
+        flops = flops_of(jax.make_jaxpr(learn)(state, frozen, views))
+    params = step.variables(state.trained, state, frozen)["params"]
+    parameters = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    return {"parameters": parameters, "forwards": dict(Counter(call.network for call in calls)), "flops": flops}
+
+
+def require_same_work(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for kind in ("parameters", "forwards"):
+        if ours[kind] != theirs[kind]:
+            raise UserError(f"{kind} are {ours[kind]} here and {theirs[kind]} in torch_step.py: make them alike.")
+    if abs(theirs["flops"] / ours["flops"] - 1) > FLOPS_APART:
+        raise UserError(f"a step is {ours['flops']:.4g} FLOPs here and {theirs['flops']:.4g} in torch_step.py.")
+
+
+def with_weights(config: ConfigDict, folder: Path) -> ConfigDict:
+    """The config; where a frozen teacher has no weights, with those of a run of no steps, made in the folder."""
+    if "teacher" not in make_method(config).frozen or config.teacher.source != "init":
+        return config
+    alone = config.copy_and_resolve_references()
+    alone.student, alone.method = alone.teacher, base.method("moco_v2", queue=config.batch_size)
+    recipe = make_recipe(alone, images=config.batch_size)
+    write_json(folder / "run.json", {"config": alone.to_dict(), "images": config.batch_size})
+    with closing(Checkpoints(folder, keep=1)) as checkpoints:
+        checkpoints.save(0, create_state(recipe))
+    config = config.copy_and_resolve_references()
+    config.teacher.source = f"{FROM_WORKDIR}{folder}"
+    return config
+
+
 def main() -> None:
-    run = prepare(CONFIG.value, Path("unused"))
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(with_weights(CONFIG.value, Path(folder)), Path("unused"))
     values = flatten(run.config)
-    for key, known in WRITTEN_FOR.items():
+    for key, known in (WRITTEN_FOR[""] | WRITTEN_FOR.get(run.config.method.name, {})).items():
         if values.get(key) not in known:
             raise UserError(f"{key}={values.get(key)!r}, but the PyTorch step is written for {known}: set it so.")
 
@@ -96,17 +165,20 @@ def main() -> None:
 
     write({})
     with closing(Peer(run)) as peer:
+        ours, theirs = work(run), peer.about.pop("work")
+        require_same_work(ours, theirs)
         step, _ = stepper(run).compile(run.mesh)
         share = SECONDS.value / ROUNDS.value / 2
         rounds = [(seconds_a_call(step, share), peer.seconds(share)) for _ in range(ROUNDS.value)]
-        ours, theirs = (run.config.batch_size / statistics.median(side) for side in zip(*rounds, strict=True))
-        ratios = sorted(other / own for own, other in rounds)
-        low, ratio, high = ratios[0], statistics.median(ratios), ratios[-1]
-        print(f"ssl_kd {ours:,.0f} images/s · PyTorch {theirs:,.0f} images/s")
-        print(f"ratio {ratio:.2f} (from {low:.2f} to {high:.2f} over {len(rounds)} rounds)")
-        names = ("ssl_kd_seconds", "torch_seconds")
-        pairs = [dict(zip(names, pair, strict=True)) for pair in rounds]
-        write({"ratio": ratio, "rounds": pairs, "batch_size": run.config.batch_size, "torch": peer.versions})
+    rates = [run.config.batch_size / statistics.median(side) for side in zip(*rounds, strict=True)]
+    ratios = sorted(other / own for own, other in rounds)
+    low, ratio, high = ratios[0], statistics.median(ratios), ratios[-1]
+    print("ssl_kd {:,.0f} images/s · PyTorch {:,.0f} images/s".format(*rates))
+    print(f"ratio {ratio:.2f} (from {low:.2f} to {high:.2f} over {len(rounds)} rounds)")
+    print(f"{ours['flops'] / 1e9:,.1f} and {theirs['flops'] / 1e9:,.1f} GFLOP a step")
+    pairs = [dict(zip(("ssl_kd_seconds", "torch_seconds"), pair, strict=True)) for pair in rounds]
+    sides = {"ssl_kd_work": ours, "torch_work": theirs, "torch": peer.about}
+    write({"ratio": ratio, "rounds": pairs, "batch_size": run.config.batch_size, **sides})
 
 
 if __name__ == "__main__":

@@ -235,21 +235,24 @@ class Step:
         """Of the normalised embeddings; and the new rows of the queue."""
         raise NotImplementedError
 
-    def view(self, images: torch.Tensor) -> torch.Tensor:
-        x = (augment(images, self.c["augment"], self.c["image_size"]) - self.mean) / self.std
-        return x.to(memory_format=torch.channels_last) if DEVICE == "cuda" else x
-
     def contrast(self, q: torch.Tensor, k: torch.Tensor, name: str) -> torch.Tensor:
         """Logits of each query against its own key, then against the queue."""
         return torch.cat([(q * k).sum(1, keepdim=True), q @ self.rows[name].T], 1) / self.method["temperature"]
 
     def __call__(self) -> torch.Tensor:
-        c = self.c
-        with torch.no_grad():
-            index = torch.randint(0, len(self.images), (c["batch_size"],), device=DEVICE)
-            images = self.images[index]
-            one, two = self.view(images), self.view(images)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=c["bfloat16"]):
+        return self.learn(*self.views())
+
+    def view(self, images: torch.Tensor) -> torch.Tensor:
+        x = (augment(images, self.c["augment"], self.c["image_size"]) - self.mean) / self.std
+        return x.to(memory_format=torch.channels_last) if DEVICE == "cuda" else x
+
+    @torch.no_grad()
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        images = self.images[torch.randint(0, len(self.images), (self.c["batch_size"],), device=DEVICE)]
+        return self.view(images), self.view(images)
+
+    def learn(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.c["bfloat16"]):
             embeddings = self.embed(one, two)
         loss, new = self.loss(*(F.normalize(x.float()) for x in embeddings))
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,10 +260,10 @@ class Step:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.trained, 1 - self.method["momentum"])
-            oldest = (self.ptr + torch.arange(len(images), device=DEVICE)) % self.method["queue"]
+            oldest = (self.ptr + torch.arange(len(one), device=DEVICE)) % self.method["queue"]
             for name, rows in new.items():
                 self.rows[name][oldest] = rows
-            self.ptr = (self.ptr + len(images)) % self.method["queue"]
+            self.ptr = (self.ptr + len(one)) % self.method["queue"]
         return loss
 
 
@@ -309,14 +312,15 @@ STEPS = {"rekd": ReKD, "disco": DisCo}
 
 
 def work(step: Step) -> dict:
-    """Parameters of each network; forwards of each and FLOPs of a step, which it takes."""
+    """Parameters of each network; forwards of each and FLOPs of a step, without its augmentation."""
     forwards: Counter[str] = Counter()
     hooks = [
         network.register_forward_hook(lambda *_, name=name: forwards.update([name]))
         for name, network in step.networks.items()
     ]
+    views = step.views()
     with FlopCounterMode(display=False) as flops:
-        step()
+        step.learn(*views)
     for hook in hooks:
         hook.remove()
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in step.networks.items()}

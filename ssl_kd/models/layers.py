@@ -121,7 +121,7 @@ _TO_OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A convolution, 3×3, stride 1, padding 1, with 16 / 36 of the products; no forward mode.
 
-    Errors are those of the convolution (3e-7 of the largest value, 128 channels); larger tiles lose a digit. Sums of
+    Errors are those of the convolution (5e-7 of the largest value, 128 channels); larger tiles lose a digit. Sums of
     few channels cost more than the products that they save: hence from 128 channels.
     """
     spread = _kernel_sums(kernel)
@@ -171,13 +171,10 @@ def _joined(parts: jax.Array) -> jax.Array:
 
 
 def _sums(matrix: Iterable[Sequence[float]], terms: Iterable[jax.Array], axis: int) -> jax.Array:
-    """The sums of `terms` weighted by each row of `matrix`, stacked along `axis`.
-
-    Materialised: XLA would compute the sums over rows again for every sum over columns, at up to twice the time.
-    """
+    """The sums of `terms` weighted by each row of `matrix`, stacked along `axis`."""
     terms = list(terms)
     rows = [[weight * term for weight, term in zip(row, terms, strict=True) if weight] for row in matrix]
-    return lax.optimization_barrier(jnp.stack([sum(row[1:], start=row[0]) for row in rows], axis))
+    return jnp.stack([sum(row[1:], start=row[0]) for row in rows], axis)
 
 
 def _patch_sums(x: jax.Array) -> jax.Array:
@@ -185,7 +182,7 @@ def _patch_sums(x: jax.Array) -> jax.Array:
     _, height, width, channels = x.shape
     down, across = -(-height // 2), -(-width // 2)
     margins = ((0, 0), (1, 2 * down + 1 - height), (1, 2 * across + 1 - width), (0, 0))
-    x = lax.optimization_barrier(jnp.pad(x, margins))
+    x = jnp.pad(x, margins)
     rows = _sums(_OF_PATCH, (x[:, i : i + 2 * down - 1 : 2] for i in range(4)), 0)
     return _sums(_OF_PATCH, (rows[:, :, :, j : j + 2 * across - 1 : 2] for j in range(4)), 0).reshape(16, -1, channels)
 
@@ -216,7 +213,7 @@ def _from_tiles(products: jax.Array, shape: Sequence[int]) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """A convolution of every channel with its own kernel as k² shifted multiply-adds; no forward mode."""
-    return _weighted(lax.optimization_barrier(_pad(x, padding, 0)), kernel, stride)
+    return _weighted(_pad(x, padding, 0), kernel, stride)
 
 
 def _depthwise_forward(x, kernel, stride, padding):
@@ -224,7 +221,7 @@ def _depthwise_forward(x, kernel, stride, padding):
 
 
 def _depthwise_backward(stride, padding, saved, gradient):
-    """5×5 at 28×28, 120 channels, batch 8: 59 ms with the gradients that JAX derives, 8 ms with these; 3×3 as much."""
+    """Forward and backward of 5×5 at 28×28, 120 channels, batch 8: 6 ms, against 62 with gradients derived by JAX."""
     x, kernel = saved
     k, channels = kernel.shape[0], kernel.shape[-1]
     if k > 3:  # k² windows of the gradient, `stride` apart, instead of k² paddings of it
@@ -233,13 +230,13 @@ def _depthwise_backward(stride, padding, saved, gradient):
             for n, m in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
         ]
         spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *margins, (0, 0, 0)))
-        of_x = _weighted(lax.optimization_barrier(spread), kernel[::-1, ::-1], 1)
+        of_x = _weighted(spread, kernel[::-1, ::-1], 1)
     else:
         (of_x,) = jax.linear_transpose(lambda x: _weighted(_pad(x, padding, 0), kernel, stride), x)(gradient)
     # XLA sums over all but the last axis one value at a time: add up parts of the batch, the rest by a matrix product.
     parts = math.gcd(x.shape[0], 8)
     ones, of_kernel = jnp.ones((1, gradient.size // (parts * channels)), gradient.dtype), []
-    for window in _windows(lax.optimization_barrier(_pad(x, padding, 0)), k, stride):
+    for window in _windows(_pad(x, padding, 0), k, stride):
         added = sum(window[i::parts] * gradient[i::parts] for i in range(parts))
         of_kernel.append(ones @ lax.optimization_barrier(added).reshape(-1, channels))
     return of_x, jnp.concatenate(of_kernel).reshape(kernel.shape)
