@@ -2,7 +2,8 @@
 
 python launch/bench.py --config=configs/rekd_alexnet.py[:PRESET] [--config.KEY=VALUE …] [--seconds=30] [--json=FILE]
 
-Images come from the recipe's source; --config.data.source=synthetic:64x10000 needs none (10 000 images of 64 px).
+Images come from the recipe's source; --config.data.source=synthetic:64x10000 needs none (10 000 images of 64 px). A
+frozen teacher may be left unnamed: a step takes as long with any weights.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
 def main() -> None:
-    run = prepare(CONFIG.value, Path("unused"))
+    run = prepare(CONFIG.value, Path("unused"), untrained=True)
     command.write_figures(JSON.value, {})
     figures = bench(run, SECONDS.value)
     console.print(bench_table(figures))

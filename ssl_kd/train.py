@@ -150,8 +150,11 @@ class Run:
         return index | rows(self.config.batch_size, sharded, *images), None
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Run:
+def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Run:
     """Opens the data, reads frozen networks, checks the config whole. Nothing long runs and nothing is written.
+
+    Args:
+      untrained: a frozen network that no source is given for takes its initial weights, for timing alone.
 
     Raises:
       UserError: for every mistake that can be known by now.
@@ -175,11 +178,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         console.print("teacher.source is set, so the teacher is used frozen (method.teacher='frozen').")
     recipe = make_recipe(config, len(train))
     for role in recipe.method.frozen:
-        if role not in pretrained:
+        if role not in pretrained and not untrained:
             raise UserError(
                 f"the {role} of this recipe is frozen and needs weights: set {role}.source=workdir:PATH to a finished "
                 "run, as one of configs/moco_v2_resnet18.py."
             )
+        if role not in pretrained:
+            variables = jax.jit(recipe.initial, static_argnums=0)(role)
+            pretrained[role] = TrainedNetwork(config, role, recipe.specs[role], variables, 0, "untrained")
     unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
     if unused:
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")

@@ -10,8 +10,10 @@ import runs
 from conftest import VARIANTS, Rig, rig_of, tiny_config
 
 from ssl_kd.bench import bench, flops_of, listed_calls, step_parts
+from ssl_kd.errors import UserError
 from ssl_kd.models import backbone_calls
 from ssl_kd.step import TrainStep
+from ssl_kd.train import prepare
 
 
 def jaxpr_flops(function, *arguments):
@@ -115,3 +117,12 @@ def test_figures_of_a_streamed_run(tmp_path):
     assert all(part["seconds"] > 0 for part in figures["parts"].values())
     assert figures["limit"] in counted and figures["host_images_per_second"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frozen_teacher_may_be_untrained_where_only_time_counts(tmp_path):
+    config = tiny_config("disco")
+    config.image_size = 28
+    with pytest.raises(UserError, match=r"set teacher\.source=workdir:PATH"):
+        prepare(config, tmp_path)
+    run = prepare(config, tmp_path, untrained=True)
+    assert set(run.frozen()) == {"teacher"} and run.frozen()["teacher"]["params"]
