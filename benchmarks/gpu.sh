@@ -5,9 +5,9 @@
 #   REHEARSE=1 bash benchmarks/gpu.sh OUT       the same commands in miniature, for a machine without an accelerator
 #
 # Needs jax for the accelerator (README) and, to compare, benchmarks/requirements-peer.txt. What matters most comes
-# first. A measurement prints to OUT/NAME.log, which becomes OUT/NAME.txt when it is done: the same command, after it was
-# cut off, goes on with those that are not. A rehearsal's results go to OUT/rehearsal. One failing measurement does not
-# stop the others; the exit status is 1 if any failed.
+# first. A measurement prints to OUT/NAME.log, which becomes OUT/NAME.txt when it is done: after it was cut off, the
+# same command goes on with those that are not. A rehearsal's results go to OUT/rehearsal. One failing measurement does
+# not stop the others; the exit status is 1 if any failed.
 set -uo pipefail
 if [[ -z ${1:-} ]]; then
   echo "the folder for the results is missing: bash benchmarks/gpu.sh OUT [CIFAR-10 directory]" >&2

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from configs import base
 from ssl_kd import command
 from ssl_kd.bench import flops_of, seconds_a_call, stepper
-from ssl_kd.checkpoint import Checkpoints, session, write_json
+from ssl_kd.checkpoint import Checkpoints, write_json
 from ssl_kd.errors import UserError
 from ssl_kd.models import backbone_calls
 from ssl_kd.recipe import flatten, make_method, make_recipe
@@ -50,6 +50,7 @@ WRITTEN_FOR: dict[str, dict[str, tuple[Any, ...]]] = {
         "optim.momentum": (0.9,),
         "optim.decay": ("all",),
         "optim.accum": (1,),
+        "optim.clip": (0.0,),
         "augment.solarize": (0.0,),
         "student.name": NETWORKS,
         "teacher.name": NETWORKS,
@@ -71,7 +72,7 @@ WRITTEN_FOR: dict[str, dict[str, tuple[Any, ...]]] = {
         "method.teacher_norm": ("running",),
     },
 }
-"""Method, '' for every one → keys and the values that torch_step.py knows."""
+"""Method, or '' for all → keys and the values that torch_step.py knows."""
 
 FLOPS_APART = 0.01
 """Share by which the sides' FLOPs after augmentation may differ: small products may be written as sums."""
@@ -159,11 +160,7 @@ def main() -> None:
         if values.get(key) not in known:
             raise UserError(f"{key}={values.get(key)!r}, but the PyTorch step is written for {known}: set it so.")
 
-    def write(figures):
-        if JSON.value:
-            write_json(Path(JSON.value), figures | {"session": session()}, "choose another --json")
-
-    write({})
+    command.write_figures(JSON.value, {})
     with closing(Peer(run)) as peer:
         ours, theirs = work(run), peer.about.pop("work")
         require_same_work(ours, theirs)
@@ -178,7 +175,8 @@ def main() -> None:
     print(f"{ours['flops'] / 1e9:,.1f} and {theirs['flops'] / 1e9:,.1f} GFLOP a step")
     pairs = [dict(zip(("ssl_kd_seconds", "torch_seconds"), pair, strict=True)) for pair in rounds]
     sides = {"ssl_kd_work": ours, "torch_work": theirs, "torch": peer.about}
-    write({"ratio": ratio, "rounds": pairs, "batch_size": run.config.batch_size, **sides})
+    figures = {"ratio": ratio, "rounds": pairs, "batch_size": run.config.batch_size, **sides}
+    command.write_figures(JSON.value, figures)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
     batch, height, width = x.shape[0], *((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
-    x, kernel = x.astype(wide), kernel.astype(wide)
+    # Else XLA may fuse the layers around with the many slices of x and of the gradient, and repeat them for each.
+    x, kernel = lax.optimization_barrier((x.astype(wide), kernel.astype(wide)))
     if depthwise:
         out = _depthwise(x, kernel, stride, padding)
     elif k == 1 or max(height, width) <= (3 if stride == 1 else max(3, channels // 16)):
@@ -70,7 +71,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
         out = _winograd(x, kernel)
     else:
         out = _convolve_by_parts(x, kernel, stride, padding, _batch_parts(batch, height * width, channels))
-    return out.astype(dtype)
+    return lax.optimization_barrier(out).astype(dtype)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int = 1) -> jax.Array:

@@ -12,6 +12,7 @@ from test_step import worst
 from ssl_kd.losses import contrast_logits, info_nce
 from ssl_kd.methods import Context
 from ssl_kd.methods.rekd import ReKD, relation_health, usage_entropy
+from ssl_kd.models import NetworkSpec
 
 B, K, D = 6, 12, 5
 
@@ -133,7 +134,7 @@ def context():
 
 def test_response_knowledge_is_seed_with_the_online_teacher():
     method = ReKD(queue=K, knowledge="response", teacher="frozen", warmup=0.0, teacher_temperature=0.07)
-    memory = method.init(jax.random.key(0), {"student": D, "teacher": D})
+    memory = method.init(jax.random.key(0), dict.fromkeys(("student", "teacher"), NetworkSpec("resnet18", dim=D)))
     q, k, u = unit(1, B, D), unit(2, B, D), unit(3, B, D)
     nets = types.SimpleNamespace(student=Fixed(q), student_momentum=Fixed(k), teacher=Fixed(u))
     loss, _ = method.loss(nets, {"query": None, "key": None}, memory, context())
@@ -149,7 +150,7 @@ def test_response_knowledge_is_seed_with_the_online_teacher():
 
 def test_online_loss_adds_the_weighted_info_nce_of_the_teacher():
     method = ReKD(queue=K, prototypes=3, teacher_weight=0.5, warmup=1.0)
-    memory = method.init(jax.random.key(0), {"student": D, "teacher": D})
+    memory = method.init(jax.random.key(0), dict.fromkeys(("student", "teacher"), NetworkSpec("resnet18", dim=D)))
     q, k, t, u = (unit(i, B, D) for i in range(4))
     nets = types.SimpleNamespace(
         student=Fixed(q), student_momentum=Fixed(k), teacher=Fixed(t), teacher_momentum=Fixed(u)
@@ -165,7 +166,7 @@ def test_online_loss_adds_the_weighted_info_nce_of_the_teacher():
 
 def test_update_keeps_the_queue_aligned_and_drops_ids_whose_prototype_changed():
     method = ReKD(queue=K, prototypes=3, prototype_momentum=0.5)
-    memory = method.init(jax.random.key(0), {"student": D, "teacher": D})
+    memory = method.init(jax.random.key(0), dict.fromkeys(("student", "teacher"), NetworkSpec("resnet18", dim=D)))
     queue = memory.queue.replace(rows={**memory.queue.rows, "prototype": jnp.arange(K) % 3})
     bank = memory.bank.replace(idle=jnp.array([0, 0, 2 * K]))
     push = {
