@@ -58,15 +58,9 @@ torch=$(python -c "import torch; print(torch.__version__)" 2>/dev/null) ||
 
 rekd=(--config=configs/rekd_alexnet.py:imagenet "${images[@]}" --config.teacher.width=$width)
 embedded=(--config=configs/rekd_alexnet.py$small)
-disco=(--config=configs/disco_resnet18.py:imagenet "${images[@]}" --config.teacher.source="workdir:$out/teacher")
-# A ResNet-50 of one step on small images: a step of DisCo takes as long with any weights. Its width comes with them.
-teacher=(--config=configs/moco_v2_resnet50.py:smoke --config.student.width=$width --config.student.stem=imagenet)
-teacher+=(--config.data.source=synthetic:64x64 --config.data.train=train --config.data.test=test)
-teacher+=(--config.image_size=64 --config.batch_size=16 --config.epochs=0.25)
-teacher+=(--config.probe.every_epochs=0.0 --config.probe.linear=False)
+disco=(--config=configs/disco_resnet18.py:imagenet "${images[@]}" --config.teacher.width=$width)
 
 peer imagenet-rekd "${rekd[@]}"
-measure teacher python launch/main.py "${teacher[@]}" --workdir="$out/teacher"
 peer imagenet-disco "${disco[@]}"
 bench imagenet-rekd "${rekd[@]}"
 bench imagenet-disco "${disco[@]}"

@@ -13,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -23,19 +22,14 @@ from unittest import mock
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from configs import base
 from ssl_kd import command
 from ssl_kd.bench import flops_of, seconds_a_call, stepper
-from ssl_kd.checkpoint import Checkpoints, write_json
 from ssl_kd.errors import UserError
 from ssl_kd.models import backbone_calls
-from ssl_kd.recipe import flatten, make_method, make_recipe
-from ssl_kd.state import create_state
+from ssl_kd.recipe import flatten
 from ssl_kd.step import TrainStep
 from ssl_kd.train import Run, prepare
-from ssl_kd.trained import FROM_WORKDIR
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 60.0, "For all timings together.")
@@ -137,24 +131,8 @@ def require_same_work(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         raise UserError(f"a step is {ours['flops']:.4g} FLOPs here and {theirs['flops']:.4g} in torch_step.py.")
 
 
-def with_weights(config: ConfigDict, folder: Path) -> ConfigDict:
-    """The config; where a frozen teacher has no weights, with those of a run of no steps, made in the folder."""
-    if "teacher" not in make_method(config).frozen or config.teacher.source != "init":
-        return config
-    alone = config.copy_and_resolve_references()
-    alone.student, alone.method = alone.teacher, base.method("moco_v2", queue=config.batch_size)
-    recipe = make_recipe(alone, images=config.batch_size)
-    write_json(folder / "run.json", {"config": alone.to_dict(), "images": config.batch_size})
-    with closing(Checkpoints(folder, keep=1)) as checkpoints:
-        checkpoints.save(0, create_state(recipe))
-    config = config.copy_and_resolve_references()
-    config.teacher.source = f"{FROM_WORKDIR}{folder}"
-    return config
-
-
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        run = prepare(with_weights(CONFIG.value, Path(folder)), Path("unused"))
+    run = prepare(CONFIG.value, Path("unused"), untrained=True)
     values = flatten(run.config)
     for key, known in (WRITTEN_FOR[""] | WRITTEN_FOR.get(run.config.method.name, {})).items():
         if values.get(key) not in known:

@@ -26,7 +26,7 @@ def get_config(preset: str = ""):
         c.method.update(self_temperature_epochs=2, temperature_epochs=2)
         c.epochs = min(c.epochs, 4.0)
     if preset == "smoke":
-        c.data.train, c.method.local_crops = "train[:512]", 2
+        c.data.train, c.method.local_crops, c.method.momentum = "train[:512]", 2, 0.9
     warmup = {"warmup_epochs": 10.0 if preset == "imagenet" else 1.0, "ramp": "through_peak", "clip": 3.0}
     c.optim.update(lr=0.1, final_lr=0.0048, weight_decay=1e-4, decay="weights", last_layer_epochs=1.0, **warmup)
     vit = {"lr": 3e-4, "final_lr": 1e-5, "weight_decay": 0.04, "final_weight_decay": 0.4, "last_layer_epochs": 1.0}
