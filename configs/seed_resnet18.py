@@ -16,4 +16,6 @@ def get_config(preset: str = ""):
     c.teacher = base.network("resnet50")
     c.method = base.method("seed")
     base.apply_preset(c, preset)
+    if preset == "imagenet":
+        c.optim.update(warmup_epochs=5.0, ramp="from_base")  # as the authors' code
     return c

@@ -12,21 +12,16 @@ from typing import Literal
 import jax
 
 from ssl_kd.losses import angle_relations, contrast_logits, distance_relations, info_nce, normalize, squared_distance
-from ssl_kd.memory import Queue, random_unit_rows
-from ssl_kd.methods.protocol import Aux, Context, Schedule, View, constant, require_equal_widths, require_ranges
+from ssl_kd.memory import Queue
+from ssl_kd.methods.moco import MoCo
+from ssl_kd.methods.protocol import Aux, Context, require_equal_widths, require_ranges
 from ssl_kd.models import NetworkSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class DisCo:
+class DisCo(MoCo):
     """L = c · InfoNCE(q, k) + w · (mean‖t − q‖² + mean‖t′ − q′‖²): primes mark the second view."""
 
-    temperature: float = 0.2
-    """Softmax temperature τ."""
-    queue: int = 65536
-    """Rows K of the queue of momentum-student keys, images."""
-    momentum: float = 0.999
-    """Of the key network, a step."""
     contrast: float = 1.0
     """Weight c of the student's own InfoNCE."""
     consistency: float = 32.0
@@ -39,29 +34,15 @@ class DisCo:
     """The frozen teacher's batch-norm statistics. The authors' code uses the batch's; the running ones are a teacher's
     own and do not depend on the batch, so they are the default here."""
 
-    trained = ("student",)
     frozen = ("teacher",)
-    evaluated = ("student",)
 
     def __post_init__(self):
-        require_ranges(
-            self,
-            above_zero=("temperature", "queue"),
-            unit=("momentum",),
-            not_negative=("contrast", "consistency", "distance", "angle"),
-        )
-
-    @property
-    def averaged(self) -> Mapping[str, tuple[str, Schedule]]:
-        return {"student_momentum": ("student", constant(self.momentum))}
-
-    @property
-    def views(self) -> Mapping[str, View]:
-        return {"query": View(), "key": View(shuffled=True)}
+        super().__post_init__()
+        require_ranges(self, not_negative=("contrast", "consistency", "distance", "angle"))
 
     def init(self, key: jax.Array, specs: Mapping[str, NetworkSpec]) -> Queue:
         require_equal_widths("disco", specs)
-        return Queue.create(key=random_unit_rows(key, "key", self.queue, specs["student"].dim))
+        return super().init(key, specs)
 
     def loss(self, nets, views, memory: Queue, ctx: Context) -> tuple[jax.Array, Aux]:
         def key_view(network, norm):
@@ -80,6 +61,3 @@ class DisCo:
         if self.angle:
             loss += self.angle * (angle_relations(q, t) + angle_relations(q2, t2))
         return loss, Aux(push={"key": k}, metrics={"contrast": contrast, "consistency": consistency})
-
-    def update(self, memory: Queue, push: dict[str, jax.Array], ctx: Context) -> Queue:
-        return memory.push(push)

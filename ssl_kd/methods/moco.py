@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 
@@ -30,7 +31,7 @@ class MoCo:
         require_ranges(self, above_zero=("temperature", "queue"), unit=("momentum",))
 
     trained = ("student",)
-    frozen = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
     evaluated = ("student",)
 
     @property
