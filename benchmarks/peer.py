@@ -17,7 +17,6 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ from ssl_kd import command
 from ssl_kd.bench import flops_of, seconds_a_call, stepper
 from ssl_kd.errors import UserError
 from ssl_kd.models import backbone_calls
+from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.recipe import flatten
 from ssl_kd.step import TrainStep
 from ssl_kd.train import Run, prepare
@@ -116,7 +116,7 @@ def work(run: Run) -> dict[str, Any]:
         context = step.context(state, {"index": rows, "label": rows}, 0)
         return jax.value_and_grad(step.loss, has_aux=True)(state.trained, state, frozen, views, context)
 
-    with mock.patch("jax.default_backend", lambda: "gpu"), backbone_calls() as calls:
+    with plain_convolutions(), backbone_calls() as calls:
         flops = flops_of(jax.make_jaxpr(learn)(state, frozen, views))
     params = step.variables(state.trained, state, frozen)["params"]
     parameters = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, config_dict
 
 from ssl_kd.augment import PRESETS
 from ssl_kd.methods import METHODS
+from ssl_kd.models import IMAGENET_MEAN, IMAGENET_STD
 
 
 def get_config() -> ConfigDict:
@@ -29,7 +30,8 @@ def get_config() -> ConfigDict:
     c.data.resident = "auto"  # hold the set on the device: 'auto' (if it fits) | 'on' | 'off'
     c.data.workers = 0  # processes that decode; 0 = threads only
 
-    # Networks. source: 'init', or 'workdir:PATH' for the evaluated network of an earlier run.
+    # Networks. source: 'init'; the evaluated network of an earlier run, 'workdir:PATH'; or weights of others,
+    # 'file:PATH' and 'hf:OWNER/REPOSITORY/FILE', with '#KEY' behind to choose one of several state dicts.
     c.student = network("alexnet")
     c.teacher = network("resnet50")
     c.bn_groups = 1  # independent batch-norm groups of a batch; above 1 the key views are shuffled across them
@@ -65,13 +67,15 @@ def network(name: str, **changes) -> ConfigDict:
     c = ConfigDict()
     c.name = name  # a key of ssl_kd.models.MODELS
     c.width = 1.0  # multiplies every channel count
-    c.stem = "auto"  # the entry: 'auto' (small up to 64 px) | 'imagenet' | 'small' | 'small_s2' (resnet only)
+    c.stem = "auto"  # the entry: 'auto' (small up to 64 px) | 'imagenet' | 'small' | 'small_s2' (a quarter of the work)
     c.head = "mlp"  # what the loss sees: a key of ssl_kd.models.HEADS, or 'none' = the pooled feature
     c.head_hidden = 0  # hidden width of the projection head; 0 = feature width
     c.dim = 128  # embedding width; 0 = the teacher's feature width
     c.thead = 0  # width of MOKD's T-Head; 0 = none
-    c.drop_path = 0.0  # of a ViT: probability of skipping its last block, less for earlier ones
-    c.source = "init"
+    c.drop_path = 0.0  # stochastic depth, where there is such: probability of skipping the last block, less for others
+    c.source = "init"  # where its weights come from; other sources set all of the above
+    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # that its entry normalises RGB in [0, 1] by; a source sets its own
+    c.resize = 0  # side that its entry resizes views to, pixels; 0 = as they come
     c.update(changes)
     return c
 

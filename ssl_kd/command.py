@@ -20,12 +20,15 @@ from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
 CUDA_INSTALL = 'pip install -U "jax[cuda12]>=0.10,<0.11"'
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line and runs a launcher; a UserError becomes its sentence on stderr and exit status 2."""
+def run(main: Callable[..., None], *, words: bool = False) -> None:
+    """Parses the command line and runs a launcher; a UserError becomes its sentence on stderr and exit status 2.
+
+    With `words`, `main` is given what is no flag.
+    """
     try:
-        parse()
+        rest = parse(words=words)
         set_up_jax()
-        main()
+        main(*[rest] if words else [])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -58,8 +61,8 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs") / "-".join(part for part in parts if part)
 
 
-def parse() -> None:
-    """Reads sys.argv into the flags. Raises UserError for whatever is wrong with it."""
+def parse(*, words: bool = False) -> list[str]:
+    """Reads sys.argv into the flags and returns the `words` that are none; UserError for whatever is wrong with it."""
     app.define_help_flags()
     try:
         rest = flags.FLAGS(sys.argv)[1:]
@@ -77,8 +80,9 @@ def parse() -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A recipe's own error comes as a traceback in text, a missing file as a list of attempts: the cause is last.
         raise UserError(lines[-1 if len(lines) > 1 else 0].split("Error: ", 1)[-1]) from error
-    if rest:
+    if rest and not words:
         raise UserError(f"{rest[0]!r} is not a flag: write overrides as --config.key=value.")
+    return rest
 
 
 def keep_freed_memory() -> None:

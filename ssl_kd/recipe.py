@@ -120,13 +120,16 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     one_of(f"{role}.head", c.head, ("none", *HEADS))
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     positive(config, f"{role}.width", "image_size")
-    not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead")
+    not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead", f"{role}.resize")
+    if len(c.mean) != 3 or len(c.std) != 3 or not all(x > 0 for x in c.std):
+        raise UserError(f"{role}.mean and {role}.std must hold three numbers, of std above 0: see configs/base.py.")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
     heads = max(1, c.thead // 64)
     if c.thead % heads:
         raise UserError(f"{role}.thead={c.thead} does not split into {heads} attention heads: use a multiple of 64.")
-    stem = ("small" if config.image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
+    image_size = c.resize or config.image_size
+    stem = ("small" if image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
     spec = NetworkSpec(
         name=c.name,
         width=c.width,
@@ -136,23 +139,27 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         dim=c.dim,
         thead=c.thead,
         drop_path=c.drop_path,
+        mean=tuple(c.mean),
+        std=tuple(c.std),
+        resize=c.resize,
         bn_groups=config.bn_groups,
         remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
     )
-    backbone = dataclasses.replace(spec, drop_path=0.0).backbone()  # only a transformer takes a drop_path
-    if c.drop_path and not backbone.transformer:
+    backbone = dataclasses.replace(spec, drop_path=0.0).backbone()  # not every backbone takes a drop_path
+    if c.drop_path and not backbone.stochastic_depth:
         raise UserError(
-            f"{role}.drop_path={c.drop_path} is for a ViT, and {role}.name={c.name!r} is none: set it to 0."
+            f"{role}.drop_path={c.drop_path} is stochastic depth, which {role}.name={c.name!r} has not: set it to 0."
         )
     try:
         least = backbone.min_size
     except UserError as error:
         raise UserError(f"{role}.{error}") from error
-    if config.image_size < least:
+    if image_size < least:
+        key = f"{role}.resize" if c.resize else "image_size"
         raise UserError(
-            f"image_size={config.image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: "
-            f"use {least} or more, or a smaller stem."
+            f"{key}={image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: use {least} or "
+            "more, or a smaller stem."
         )
     if spec.head == "none":
         return dataclasses.replace(spec, dim=spec.feature_dim)
@@ -314,7 +321,7 @@ def check_views(recipe: Recipe) -> None:
             recipe.augmentation(view)
         except UserError as error:
             raise UserError(f"the view {crop!r} of this method: {error}") from error
-        for name in (*method.trained, *method.frozen) if view.size else ():
+        for name in (n for n in (*method.trained, *method.frozen) if view.size and not recipe.specs[n].resize):
             backbone = recipe.specs[name].backbone()
             if backbone.fixed_size and view.size != recipe.image_size:
                 raise UserError(

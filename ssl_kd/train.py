@@ -28,13 +28,11 @@ from ssl_kd.log import Bar, Metrics, console
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.judge import Judge, labelled
-from ssl_kd.recipe import Recipe, identity, make_recipe
+from ssl_kd.recipe import Recipe, identity, make_method, make_recipe
 from ssl_kd.state import State, abstract, create_state
 from ssl_kd.step import TrainStep
-from ssl_kd.trained import FROM_WORKDIR, TrainedNetwork, load_network
-
-ARCHITECTURE = ("name", "width", "stem", "head", "head_hidden", "dim", "thead")
-"""Keys of a network that come with its weights."""
+from ssl_kd.trained import ARCHITECTURE, FROM_WORKDIR, HEAD, RunNetwork, TrainedNetwork, at_image_size, load_source
+from ssl_kd.weights.files import FROM_FILE, FROM_HUB
 
 IN_FLIGHT = 3
 """Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
@@ -164,37 +162,37 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     train = open_source(config.data.source, config.data.train, config.data.canvas)
     test = open_source(config.data.source, config.data.test, config.data.canvas)
-    pretrained = {}
-    for role in ("student", "teacher"):
-        source = config.get(role, {}).get("source", "init")
-        if source.startswith(FROM_WORKDIR):
-            pretrained[role] = load_network(source.removeprefix(FROM_WORKDIR))
-            for key in ARCHITECTURE:
-                config[role][key] = getattr(pretrained[role].spec, key)
-        elif source != "init":
-            raise UserError(f"{role}.source={source!r} is unknown: use 'init' or 'workdir:PATH' of an earlier run.")
-    if "teacher" in pretrained and config.method.name == "rekd" and config.method.teacher == "online":
+    sources = {role: config.get(role, {}).get("source", "init") for role in ("student", "teacher")}
+    if sources["teacher"] != "init" and config.method.name == "rekd" and config.method.teacher == "online":
         config.method.teacher = "frozen"
         console.print("teacher.source is set, so the teacher is used frozen (method.teacher='frozen').")
+    trained = make_method(config).trained
+    pretrained = {}
+    for role, source in sources.items():
+        if source != "init":
+            pretrained[role] = adopt(config, role, source, keep_head=role in trained)
     recipe = make_recipe(config, len(train))
     for role in recipe.method.frozen:
         if role not in pretrained and not untrained:
             raise UserError(
                 f"the {role} of this recipe is frozen and needs weights: set {role}.source=workdir:PATH to a finished "
-                "run, as one of configs/moco_v2_resnet18.py."
+                "run, as one of configs/moco_v2_resnet18.py, or file:PATH to weights."
             )
         if role not in pretrained:
             variables = jax.jit(recipe.initial, static_argnums=0)(role)
-            pretrained[role] = TrainedNetwork(config, role, recipe.specs[role], variables, 0, "untrained")
+            pretrained[role] = TrainedNetwork(recipe.specs[role], variables, "untrained", config.image_size, role)
     unused = [role for role in pretrained if role not in (*recipe.method.trained, *recipe.method.frozen)]
     if unused:
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
     for role, network in pretrained.items():
         expected = jax.eval_shape(lambda role=role: recipe.initial(role))
+        if expected["params"].keys() - network.variables["params"].keys():
+            network = pretrained[role] = completed(network, jax.jit(recipe.initial, static_argnums=0)(role))
+            console.print(f"The weights of the {role} have no head: its {recipe.specs[role].head} head starts anew.")
         if jax.tree.map(jnp.shape, network.variables) != jax.tree.map(jnp.shape, expected):
             raise UserError(
-                f"{role}.source was trained at image_size={network.config.image_size}, which fixes the shape of its "
-                f"weights, and this run has image_size={config.image_size}: use the same."
+                f"{role}.source was trained at image_size={network.image_size}, which fixes the shape of its weights, "
+                f"and this run has image_size={config.image_size}: use the same, or {role}.resize={network.image_size}."
             )
     micro = config.batch_size // config.optim.accum
     if micro % devices:
@@ -203,6 +201,33 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
             f"by the {devices} devices: use a multiple of {devices * config.optim.accum}."
         )
     return Run(config, workdir, mesh, recipe, train, test, pretrained)
+
+
+def adopt(config: ConfigDict, role: str, source: str, *, keep_head: bool) -> TrainedNetwork:
+    """Reads the network of a source and makes the config of its role agree with it.
+
+    Args:
+      keep_head: where a file has no projection head, leave the config's as it is: the network is to be trained.
+
+    Raises:
+      UserError: for a source that is unknown or cannot be read.
+    """
+    if not source.startswith((FROM_WORKDIR, FROM_FILE, FROM_HUB)):
+        raise UserError(
+            f"{role}.source={source!r} is unknown: use 'init', workdir:PATH of an earlier run, file:PATH of weights or "
+            "hf:OWNER/REPOSITORY/FILE."
+        )
+    found = load_source(source, config[role].name)
+    kept = HEAD if keep_head and not isinstance(found, RunNetwork) and found.spec.head == "none" else ()
+    config[role].update({key: getattr(found.spec, key) for key in ARCHITECTURE if key not in kept})
+    console.print(f"{role}: {found.role}, from {source}.")
+    return at_image_size(found, config[role].resize or config.image_size)
+
+
+def completed(network: TrainedNetwork, initial: dict[str, Any]) -> TrainedNetwork:
+    """With initial values for what its weights do not have at all."""
+    variables = {name: {**initial[name], **network.variables[name]} for name in initial}
+    return dataclasses.replace(network, variables=variables)
 
 
 def fit(run: Run) -> dict[str, Any]:

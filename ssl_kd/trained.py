@@ -1,4 +1,4 @@
-"""Trained networks out of a work directory: frozen teachers, probes, and `ssl_kd.load` for everybody else."""
+"""Trained networks out of work directories and files: teachers, first weights, probes, and `ssl_kd.load`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,34 +15,78 @@ from ssl_kd.checkpoint import Checkpoints, array_digest, read_json
 from ssl_kd.errors import UserError
 from ssl_kd.models import NetworkSpec
 from ssl_kd.models.embed import pooled_features
+from ssl_kd.models.vit import interpolate_positions
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import abstract, create_state
+from ssl_kd.weights.files import FROM_FILE, FROM_HUB, locate, read_network, split_source
+from ssl_kd.weights.layouts import LAYOUTS
 
 FROM_WORKDIR = "workdir:"
+
+HEAD = ("head", "head_hidden", "dim", "thead")
+ARCHITECTURE = ("name", "width", "stem", "mean", "std", *HEAD)
+"""Keys of a network that come with its weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedNetwork:
-    """One evaluated network of a run.
+    """A network with its weights.
 
     Attributes:
-      config: the run's config.
-      role: its name in the run, as 'student'.
-      spec: its architecture.
+      spec: its architecture and preprocessing.
       variables: {'params', 'batch_stats'}.
-      step: of the checkpoint.
       digest: SHA-256 of the variables.
+      image_size: side of the images it was trained on, pixels.
+      role: its name in its run, as 'student'; of a file, what the file is.
     """
 
-    config: ConfigDict
-    role: str
     spec: NetworkSpec
     variables: dict[str, Any]
-    step: int
     digest: str
+    image_size: int
+    role: str
 
 
-def load_network(workdir: str | Path, role: str = "", step: int | None = None) -> TrainedNetwork:
+@dataclasses.dataclass(frozen=True)
+class RunNetwork(TrainedNetwork):
+    """One evaluated network of a run: its config, and the step of the checkpoint."""
+
+    config: ConfigDict
+    step: int
+
+
+def load_source(source: str, model: str = "") -> TrainedNetwork:
+    """The network of 'workdir:PATH', 'file:PATH[#KEY]' or 'hf:OWNER/REPOSITORY/FILE[#KEY]'.
+
+    Args:
+      model: key of MODELS preferred where a file fits several.
+
+    Raises:
+      UserError: if there is no such network, or it cannot be read whole.
+    """
+    if source.startswith(FROM_WORKDIR):
+        return load_network(source.removeprefix(FROM_WORKDIR))
+    where, key = split_source(source)
+    found = read_network(locate(where), model, key=key)
+    role = f"{found.spec.name}, named as by {LAYOUTS[found.layout].about}"
+    return TrainedNetwork(found.spec, found.variables, array_digest(found.variables), found.image_size, role)
+
+
+def at_image_size(network: TrainedNetwork, image_size: int) -> TrainedNetwork:
+    """With a ViT's position embeddings interpolated to the grid of another image size, by the rule of its family."""
+    backbone, params = network.spec.backbone(), network.variables["params"]
+    if image_size == network.image_size or not backbone.transformer:
+        return network
+    before, grid = int(not backbone.registers), image_size // backbone.min_size
+    positions = params["backbone"]["pos_embed"]
+    patches = interpolate_positions(positions[:, before:], (grid, grid), antialias=bool(backbone.registers))
+    positions = jnp.concatenate([positions[:, :before], patches], axis=1)
+    params = {**params, "backbone": {**params["backbone"], "pos_embed": positions}}
+    variables = {**network.variables, "params": params}
+    return dataclasses.replace(network, variables=variables, image_size=image_size)
+
+
+def load_network(workdir: str | Path, role: str = "", step: int | None = None) -> RunNetwork:
     """Reads a network from the newest or a given checkpoint of a run.
 
     Args:
@@ -74,23 +118,32 @@ def load_network(workdir: str | Path, role: str = "", step: int | None = None) -
         "params": {**state.trained, **state.averaged}[role],
         "batch_stats": state.batch_stats[role],
     }
-    return TrainedNetwork(config, role, recipe.specs[role], variables, int(state.step), array_digest(variables))
+    return RunNetwork(
+        spec=recipe.specs[role],
+        variables=variables,
+        digest=array_digest(variables),
+        image_size=recipe.image_size,
+        role=role,
+        step=int(state.step),
+        config=config,
+    )
 
 
-def load(workdir: str | Path, network: str = "", step: int | None = None) -> tuple[Callable[..., jax.Array], Any]:
-    """Embeds images with a trained network: `apply, params = ssl_kd.load(workdir)`, then `apply(params, images)`.
+def load(source: str | Path, network: str = "", step: int | None = None) -> tuple[Callable[..., jax.Array], Any]:
+    """Embeds images with a trained network: `apply, params = ssl_kd.load(source)`, then `apply(params, images)`.
 
     `apply` is a pure function of uint8 images (B, H, W, 3) to their pooled features (B, D) float32; jit it as you
     like. It crops or resizes to the size the network was trained at and normalises by itself.
 
     Args:
-      workdir: of a run.
-      network: 'student' (default), or another network of the run, as 'student_momentum' or 'teacher'.
-      step: checkpoint; default the newest.
+      source: the work directory of a run, or 'file:PATH[#KEY]' or 'hf:OWNER/REPOSITORY/FILE' for weights of others.
+      network: of a run: 'student' (default), or another of its networks, as 'student_momentum' or 'teacher'.
+      step: of a run: checkpoint; default the newest.
 
     Raises:
-      UserError: if there is no such run, network or checkpoint, or it is damaged.
+      UserError: if there is no such run, file, network or checkpoint, or it is damaged.
     """
-    found = load_network(workdir, network, step)
+    foreign = str(source).startswith((FROM_FILE, FROM_HUB))
+    found = load_source(str(source)) if foreign else load_network(source, network, step)
     spec = dataclasses.replace(found.spec, dtype=jnp.float32)
-    return pooled_features(spec, found.config.image_size), found.variables
+    return pooled_features(spec, found.image_size), found.variables

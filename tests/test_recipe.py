@@ -102,7 +102,7 @@ BAD = [
     ({"optim.accum": 2, "bn_groups": 8}, "bn_groups=8 must split the 8 images of a micro-batch into equal groups of 2"),
     ({"bn_groups": 0}, "bn_groups=0"),
     ({"student.head": "projector"}, "student.head='projector' is unknown"),
-    ({"student.drop_path": 0.1}, "student.drop_path=0.1 is for a ViT, and student.name='tiny' is none: set it to 0"),
+    ({"student.drop_path": 0.1}, "student.drop_path=0.1 is stochastic depth, which student.name='tiny' has not"),
     ({"teacher.name": "tiny_vit", "teacher.stem": "small", "teacher.drop_path": 1.0}, "teacher.drop_path=1.0"),
     ({"student.drop_path": float("nan")}, "student.drop_path=nan"),
     ({"student.thead": 200}, "student.thead=200 does not split into 3 attention heads"),

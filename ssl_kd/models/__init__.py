@@ -12,26 +12,46 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssl_kd.models.alexnet import AlexNet
+from ssl_kd.models import alexnet, efficientnet, mobilenet, resnet, shufflenet, vit
 from ssl_kd.models.heads import DINOHead, LinearHead, MLPHead, RegressionHead, THead, TokenReduce
 from ssl_kd.models.layers import Features
-from ssl_kd.models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
-from ssl_kd.models.vit import ViTBase, ViTSmall, ViTTiny
 
 MODELS: dict[str, Callable[..., Any]] = {
-    "alexnet": AlexNet,
-    "resnet18": ResNet18,
-    "resnet34": ResNet34,
-    "resnet50": ResNet50,
-    "resnet101": ResNet101,
-    "resnet152": ResNet152,
-    "vit_tiny": ViTTiny,
-    "vit_small": ViTSmall,
-    "vit_base": ViTBase,
+    "alexnet": alexnet.AlexNet,
+    "alexnet_tv": alexnet.AlexNetTV,
+    "efficientnet_b0": efficientnet.EfficientNetB0,
+    "efficientnet_b1": efficientnet.EfficientNetB1,
+    "efficientnet_lite0": efficientnet.EfficientNetLite0,
+    "mobilenet_v2": mobilenet.MobileNetV2,
+    "mobilenet_v3_large": mobilenet.MobileNetV3Large,
+    "mobilenet_v3_large_tv": mobilenet.MobileNetV3LargeTV,
+    "mobilenet_v3_small": mobilenet.MobileNetV3Small,
+    "mobilenet_v3_small_tv": mobilenet.MobileNetV3SmallTV,
+    "resnet18": resnet.ResNet18,
+    "resnet34": resnet.ResNet34,
+    "resnet50": resnet.ResNet50,
+    "resnet50w2": resnet.ResNet50w2,
+    "resnet101": resnet.ResNet101,
+    "resnet152": resnet.ResNet152,
+    "shufflenet_v2_x0_5": shufflenet.ShuffleNetV2x0_5,
+    "shufflenet_v2_x1_0": shufflenet.ShuffleNetV2x1_0,
+    "tf_efficientnet_b0": efficientnet.TFEfficientNetB0,
+    "tf_efficientnet_b1": efficientnet.TFEfficientNetB1,
+    "tf_efficientnet_lite0": efficientnet.TFEfficientNetLite0,
+    "vit_tiny": vit.ViTTiny,
+    "vit_small": vit.ViTSmall,
+    "vit_base": vit.ViTBase,
+    "vit_small_dinov2": vit.ViTSmallDINOv2,
+    "vit_base_dinov2": vit.ViTBaseDINOv2,
+    "vit_small_reg4_dinov2": vit.ViTSmallReg4DINOv2,
+    "vit_base_reg4_dinov2": vit.ViTBaseReg4DINOv2,
 }
 
 HEADS: dict[str, Callable[["NetworkSpec"], nn.Module]] = {
     "mlp": lambda s: MLPHead(hidden=s.head_hidden or s.feature_dim, out=s.dim, dtype=s.dtype),
+    "mlp_bn": lambda s: MLPHead(
+        hidden=s.head_hidden or s.feature_dim, out=s.dim, batch_norm=True, bn_groups=s.bn_groups, dtype=s.dtype
+    ),
     "linear": lambda s: LinearHead(out=s.dim, dtype=s.dtype),
     "regression": lambda s: RegressionHead(out=s.dim, layers=4, bn_groups=s.bn_groups, dtype=s.dtype),
     "regression_linear": lambda s: RegressionHead(out=s.dim, layers=2, bn_groups=s.bn_groups, dtype=s.dtype),
@@ -56,7 +76,10 @@ class NetworkSpec:
       head_hidden: hidden width of the head; 0 = the backbone's feature width (MoCo-v2), 2048 in DINO's.
       dim: embedding width.
       thead: width of the tokens of MOKD's T-Head; 0 = it has none.
-      drop_path: stochastic depth of a ViT, the probability at its last block.
+      drop_path: stochastic depth, the probability at the last block, of backbones that have it.
+      classes: outputs of the backbone's own classifier, which no loss uses; 0 = it has none.
+      mean, std: of the RGB values in [0, 1] that the network takes, subtracted and divided by at its entry.
+      resize: side that its entry resizes images to, pixels; 0 = it takes them as they come.
       bn_groups: independent batch-norm groups of a batch.
       remat: recompute residual blocks in the backward pass: less memory, about a forward more time.
       dtype: compute dtype; parameters, statistics and embeddings stay float32.
@@ -70,6 +93,10 @@ class NetworkSpec:
     dim: int = 128
     thead: int = 0
     drop_path: float = 0.0
+    classes: int = 0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    resize: int = 0
     bn_groups: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
@@ -77,6 +104,7 @@ class NetworkSpec:
     def backbone(self) -> Any:
         """The backbone's module."""
         options = {"width": self.width, "stem": self.stem, "bn_groups": self.bn_groups, "remat": self.remat}
+        options["classes"] = self.classes
         if self.drop_path:
             options["drop_path"] = self.drop_path
         return MODELS[self.name](**options, dtype=self.dtype)
@@ -103,7 +131,9 @@ class Network(nn.Module):
 
     def features(self, images: jax.Array, *, norm: str, dropout: bool = False) -> Features:
         """Images (B, H, W, 3) in [0, 1] → stages and pooled feature; `norm` is 'batch' or 'running' statistics."""
-        x = (images - jnp.array(IMAGENET_MEAN, images.dtype)) / jnp.array(IMAGENET_STD, images.dtype)
+        if side := self.spec.resize:
+            images = jax.image.resize(images, (images.shape[0], side, side, 3), "bilinear")
+        x = (images - jnp.array(self.spec.mean, images.dtype)) / jnp.array(self.spec.std, images.dtype)
         return self.backbone(x.astype(self.spec.dtype), norm=norm, dropout=dropout)
 
     def project(self, features: Features, *, norm: str) -> jax.Array:

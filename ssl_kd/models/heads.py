@@ -31,21 +31,24 @@ def _linear(fan_in: int, features: int, dtype: DTypeLike, name: str) -> nn.Dense
 
 
 class MLPHead(nn.Module):
-    """Linear–ReLU–Linear with biases: (B, D) -> (B, out), at least float32, not normalised.
+    """Linear–[BN–]ReLU–Linear with biases: (B, D) -> (B, out), at least float32, not normalised.
 
-    MoCo-v2 (arXiv 2003.04297) with hidden = D, out = 128; DisCo's wide bottleneck (arXiv 2104.09124) with hidden 2048.
+    MoCo-v2 (arXiv 2003.04297) with hidden = D, out = 128; DisCo's wide bottleneck (arXiv 2104.09124) with hidden 2048;
+    SwAV (arXiv 2006.09882) with batch norm. `norm` and `bn_groups` are those of `BatchNorm`.
     """
 
     hidden: int
     out: int
+    batch_norm: bool = False
+    bn_groups: int = 1
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, norm: Norm) -> jax.Array:
-        del norm
-        x = nn.relu(_linear(x.shape[-1], self.hidden, self.dtype, "fc1")(x))
-        x = _linear(self.hidden, self.out, self.dtype, "fc2")(x)
-        return promote(x)
+        x = _linear(x.shape[-1], self.hidden, self.dtype, "fc1")(x)
+        if self.batch_norm:
+            x = BatchNorm(groups=self.bn_groups, dtype=self.dtype, name="bn1")(x, norm=norm)
+        return promote(_linear(self.hidden, self.out, self.dtype, "fc2")(nn.relu(x)))
 
 
 class LinearHead(nn.Module):

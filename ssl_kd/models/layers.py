@@ -3,9 +3,11 @@
 Parameters are float32; `dtype` is the compute dtype (float32 or bfloat16) of what a layer returns.
 """
 
+import contextlib
+import contextvars
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -20,15 +23,16 @@ from ssl_kd.errors import UserError
 
 Norm = Literal["batch", "running"]
 
-# torchvision's initialisation of ResNet convolutions: normal, variance 2 / (k · k · features).
-he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 class Features(flax.struct.PyTreeNode):
-    """What a backbone returns: `stages`, feature maps (B, H, W, C) from fine to coarse, and `pooled` (B, D) float32."""
+    """What a backbone returns: `stages`, feature maps (B, H, W, C) from fine to coarse, and `pooled` (B, D) float32.
+
+    `logits` (B, classes), float32, are those of a backbone that was given `classes`, None without.
+    """
 
     stages: tuple[jax.Array, ...]
     pooled: jax.Array
+    logits: jax.Array | None = None
 
     @property
     def map(self) -> jax.Array:
@@ -48,6 +52,19 @@ def pick_stem(stems: Mapping[str, Any], stem: str) -> Any:
     return stems[stem]
 
 
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_convolutions() -> Generator[None]:
+    """What is traced inside has every convolution as it is on an accelerator: for counting FLOPs, for comparisons."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
     """2-D cross-correlation of x (B, H, W, C) with kernel (k, k, C / groups, O), zero padding on all sides.
 
@@ -56,15 +73,16 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int =
     in benchmarks/convolutions.md.
     """
     depthwise = groups == x.shape[-1] == kernel.shape[-1]
-    if jax.default_backend() != "cpu" or (groups > 1 and not depthwise):
+    if _plain.get() or jax.default_backend() != "cpu" or (groups > 1 and not depthwise):
         return _convolve(x, kernel, stride, padding, groups)
     k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
     batch, height, width = x.shape[0], *((n + 2 * padding - k) // stride + 1 for n in x.shape[1:3])
     dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    x = _pad(x.astype(wide), padding, 0) if depthwise else x.astype(wide)  # here, it is one pass with what made x
     # Else XLA may fuse the layers around with the many slices of x and of the gradient, and repeat them for each.
-    x, kernel = lax.optimization_barrier((x.astype(wide), kernel.astype(wide)))
+    x, kernel = lax.optimization_barrier((x, kernel.astype(wide)))
     if depthwise:
-        out = _depthwise(x, kernel, stride, padding)
+        out = _depthwise(x, kernel, stride)
     elif k == 1 or max(height, width) <= (3 if stride == 1 else max(3, channels // 16)):
         out = _convolve_by_taps(x, kernel, stride, padding)
     elif (k, stride, padding) == (3, 1, 1) and min(channels, features) >= 128 and batch * height * width >= 512:
@@ -211,46 +229,54 @@ def _from_tiles(products: jax.Array, shape: Sequence[int]) -> jax.Array:
     return x[:, :height, :width]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution of every channel with its own kernel as k² shifted multiply-adds; no forward mode."""
-    return _weighted(_pad(x, padding, 0), kernel, stride)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution of every channel of x, padded, with its own kernel as k² shifted multiply-adds; no forward mode."""
+    k = len(kernel)
+    first, *others = (window * kernel[i // k, i % k] for i, window in enumerate(_windows(x, k, stride)))
+    return sum(others, start=first)
 
 
-def _depthwise_forward(x, kernel, stride, padding):
-    return _depthwise(x, kernel, stride, padding), (x, kernel)
+def _depthwise_forward(x, kernel, stride):
+    return _depthwise(x, kernel, stride), (x, kernel)
 
 
-def _depthwise_backward(stride, padding, saved, gradient):
+def _depthwise_backward(stride, saved, gradient):
     """Forward and backward of 5×5 at 28×28, 120 channels, batch 8: 6 ms, against 62 with gradients derived by JAX."""
     x, kernel = saved
-    k, channels = kernel.shape[0], kernel.shape[-1]
-    if k > 3:  # k² windows of the gradient, `stride` apart, instead of k² paddings of it
-        margins = [
-            (k - 1 - padding, n + padding - 1 - (m - 1) * stride, stride - 1)
-            for n, m in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
-        ]
-        spread = lax.pad(gradient, jnp.zeros((), gradient.dtype), ((0, 0, 0), *margins, (0, 0, 0)))
-        of_x = _weighted(spread, kernel[::-1, ::-1], 1)
-    else:
-        (of_x,) = jax.linear_transpose(lambda x: _weighted(_pad(x, padding, 0), kernel, stride), x)(gradient)
+    channels = kernel.shape[-1]
     # XLA sums over all but the last axis one value at a time: add up parts of the batch, the rest by a matrix product.
     parts = math.gcd(x.shape[0], 8)
     ones, of_kernel = jnp.ones((1, gradient.size // (parts * channels)), gradient.dtype), []
-    for window in _windows(_pad(x, padding, 0), k, stride):
+    for window in _windows(x, len(kernel), stride):
         added = sum(window[i::parts] * gradient[i::parts] for i in range(parts))
         of_kernel.append(ones @ lax.optimization_barrier(added).reshape(-1, channels))
-    return of_x, jnp.concatenate(of_kernel).reshape(kernel.shape)
+    return _spread(gradient, kernel, stride, x.shape), jnp.concatenate(of_kernel).reshape(kernel.shape)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _weighted(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The sum of the windows of x, each times its element of the kernel (k, k, 1, C)."""
-    k = kernel.shape[0]
-    first, *others = (window * kernel[i // k, i % k] for i, window in enumerate(_windows(x, k, stride)))
-    return sum(others, start=first)
+def _spread(gradient: jax.Array, kernel: jax.Array, stride: int, shape: tuple[int, ...]) -> jax.Array:
+    """The transpose of `_depthwise` in x, whose shape is given, without the zeros of a gradient spread by the stride.
+
+    Row stride · q + r of x meets element i of the kernel, where i % stride == r, in output q − i // stride; columns
+    alike. So each of the stride² interleaved parts of x takes a plain sum of shifted gradients.
+    """
+    (batch, height, width, channels), (k, reach) = shape, (len(kernel), (len(kernel) - 1) // stride)
+    down, across = -(-height // stride), -(-width // stride)
+    below, right = down - gradient.shape[1], across - gradient.shape[2]
+    gradient = lax.optimization_barrier(jnp.pad(gradient, ((0, 0), (reach, below), (reach, right), (0, 0))))
+
+    def part(first_row: int, first_column: int) -> jax.Array:
+        total = jnp.zeros((batch, down, across, channels), gradient.dtype)
+        for i, j in itertools.product(range(first_row, k, stride), range(first_column, k, stride)):
+            top, left = reach - i // stride, reach - j // stride
+            total += gradient[:, top : top + down, left : left + across] * kernel[i, j]
+        return total
+
+    rows = (jnp.stack([part(row, column) for column in range(stride)], 3) for row in range(stride))
+    return jnp.stack(list(rows), 2).reshape(batch, stride * down, stride * across, channels)[:, :height, :width]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -317,13 +343,27 @@ def _windows(x: jax.Array, k: int, stride: int) -> list[jax.Array]:
     ]
 
 
+def he_fan_out(groups: int = 1) -> nn.initializers.Initializer:
+    """Normal, variance 2 / (k · k · features of a group): torchvision's ResNets and timm's EfficientNets start so."""
+    return nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
+
+
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros that TensorFlow's 'SAME' puts before and after `size` pixels."""
+    zeros = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+    return zeros // 2, zeros - zeros // 2
+
+
 class Conv(nn.Module):
-    """Square convolution of (B, H, W, C); `padding` None pads kernel // 2 on every side, as torch models do."""
+    """Square convolution of (B, H, W, C); `padding` None pads kernel // 2 on every side, as torch models do.
+
+    padding="SAME" pads as TensorFlow: to ⌈H / stride⌉ × ⌈W / stride⌉ outputs, an odd rest at the bottom and the right.
+    """
 
     features: int
     kernel: int
     stride: int = 1
-    padding: int | None = None
+    padding: int | Literal["SAME"] | None = None
     groups: int = 1
     use_bias: bool = False
     dtype: DTypeLike = jnp.float32
@@ -331,8 +371,12 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", he_fan_out, shape, jnp.float32)
-        padding = self.kernel // 2 if self.padding is None else self.padding
+        kernel = self.param("kernel", he_fan_out(self.groups), shape, jnp.float32)
+        if self.padding == "SAME":
+            margins = [_same_padding(n, self.kernel, self.stride) for n in x.shape[1:3]]
+            x, padding = jnp.pad(x, ((0, 0), *margins, (0, 0))), 0
+        else:
+            padding = self.kernel // 2 if self.padding is None else self.padding
         x = convolve(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -402,3 +446,50 @@ class BatchNorm(nn.Module):
         batch = lax.stop_gradient(batch).reshape(self.groups, -1).mean(0)
         moved = self.momentum * running.value + (1 - self.momentum) * batch
         running.value = moved.astype(running.value.dtype)
+
+
+class Pointwise(nn.Module):
+    """A 1×1 convolution with bias of single pixels (B, C), as a matrix product; the kernel is (1, 1, C, features)."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", he_fan_out(), (1, 1, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return x.astype(self.dtype) @ kernel[0, 0].astype(self.dtype) + bias.astype(self.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Every channel of (B, H, W, C) times `gate` of a two-layer network of all channels' means (arXiv 1709.01507)."""
+
+    hidden: int
+    activation: Callable[[jax.Array], jax.Array]
+    gate: Callable[[jax.Array], jax.Array]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weights = self.activation(Pointwise(self.hidden, dtype=self.dtype, name="conv_reduce")(x.mean((1, 2))))
+        weights = self.gate(Pointwise(x.shape[-1], dtype=self.dtype, name="conv_expand")(weights))
+        return x * weights[:, None, None]
+
+
+def classify(pooled: jax.Array, classes: int, name: str) -> jax.Array | None:
+    """Logits (B, classes) of a linear layer called `name`, in the dtype of `pooled`; None for 0 classes.
+
+    It starts as MoCo's and DINO's linear classifiers do: normal with deviation .01, no bias.
+    """
+    if not classes:
+        return None
+    return nn.Dense(classes, dtype=pooled.dtype, kernel_init=nn.initializers.normal(0.01), name=name)(pooled)
+
+
+def branch_scales(key: jax.Array, rates: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    """Stochastic depth (arXiv 1603.09382): (branches, *shape), 0 where a branch is left out, else 1 / (1 − its rate).
+
+    Drawn at once: a generator for every branch would double the time to compile.
+    """
+    keep = 1 - np.reshape(rates, (-1, *(1 for _ in shape)))
+    return jax.random.bernoulli(key, keep, (len(rates), *shape)) / keep

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ssl_kd.models.layers import BatchNorm, Conv, Features, Norm, max_pool, pick_stem, scaled
+from ssl_kd.losses import promote
+from ssl_kd.models.layers import BatchNorm, Conv, Features, Norm, classify, max_pool, pick_stem, scaled
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,18 @@ class ResNet(nn.Module):
 
     stage_sizes: tuple[int, ...]
     block: Literal["basic", "bottleneck"]
+    channels: int = 64  # of the stem and inside the blocks of layer1, twice as many in each later layer
     width: float = 1.0
     stem: str = "imagenet"
     bn_groups: int = 1
     remat: bool = False  # recompute each block in the backward pass instead of keeping what is inside it
     zero_init_residual: bool = False
+    classes: int = 0
     dtype: DTypeLike = jnp.float32
 
     transformer: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
+    stochastic_depth: ClassVar[bool] = False
 
     @property
     def min_size(self) -> int:
@@ -97,7 +101,7 @@ class ResNet(nn.Module):
         return self._planes(len(self.stage_sizes) - 1) * _EXPANSION[self.block]
 
     def _planes(self, stage: int) -> int:
-        return scaled(64 * 2**stage, self.width)
+        return scaled(self.channels * 2**stage, self.width)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, norm: Norm, dropout: bool = False) -> Features:
@@ -121,8 +125,8 @@ class ResNet(nn.Module):
                     name=f"layer{stage + 1}_{i}",
                 )(x, norm)
             stages.append(x)
-        pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-        return Features(stages=tuple(stages), pooled=pooled)
+        pooled = promote(x).mean((1, 2))
+        return Features(tuple(stages), pooled, classify(pooled, self.classes, "fc"))
 
 
 ResNet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2), block="basic")
@@ -130,3 +134,4 @@ ResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block="basic")
 ResNet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block="bottleneck")
 ResNet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3), block="bottleneck")
 ResNet152 = partial(ResNet, stage_sizes=(3, 8, 36, 3), block="bottleneck")
+ResNet50w2 = partial(ResNet50, channels=128)  # SwAV's, arXiv 2006.09882: all layers twice as wide

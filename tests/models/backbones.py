@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ def variables_of(model, x):
     rng = np.random.default_rng(0)
     return {
         "params": jax.tree.map(lambda s: jnp.asarray(0.1 * rng.normal(size=s.shape), s.dtype), shapes["params"]),
-        "batch_stats": jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes["batch_stats"]),
+        "batch_stats": jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes.get("batch_stats", {})),
     }
 
 
@@ -32,3 +33,32 @@ def apply(model, variables, x, norm, **kwargs):
 
 def parameter_count(variables):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def branch_rates(model, block, rows=4096):
+    """How often stochastic depth leaves out each branch of each `block` of a model, (blocks, branches), over `rows`.
+
+    Every branch that stays must be scaled so that the expectation does, and branches are left out independently.
+    """
+    x = jnp.zeros((rows, model.min_size, model.min_size, 3))
+    variables = variables_of(model, x[:2])
+
+    @jax.jit
+    def branch_scales(variables, x):
+        scales = []
+
+        def intercept(function, args, kwargs, context):
+            if isinstance(context.module, block):
+                scales.append(args[-1].reshape(-1, rows))
+            return function(*args, **kwargs)
+
+        with nn.intercept_methods(intercept):
+            model.apply(variables, x, norm="running", dropout=True, rngs={"dropout": jax.random.key(3)})
+        return scales
+
+    scales = np.array(branch_scales(variables, x))
+    rates = (scales == 0).mean(-1)
+    np.testing.assert_allclose(scales.max(-1) * (1 - rates), 1, atol=0.05)
+    assert all(len(np.unique(branch)) <= 2 for branches in scales for branch in branches)
+    assert np.abs(np.corrcoef(scales[rates > 0]) - np.eye((rates > 0).sum())).max() < 0.07
+    return rates

@@ -5,7 +5,7 @@ import pytest
 from backbones import apply, normal, parameter_count, shapes, variables_of
 
 from ssl_kd.errors import UserError
-from ssl_kd.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
+from ssl_kd.models.resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet50w2, ResNet101, ResNet152
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,21 @@ def test_min_size_leaves_one_pixel_and_nothing_to_spare(stem, size):
     model = ResNet18(stem=stem)
     assert model.min_size == size
     assert shapes(model, size)[0].map.shape[1:3] == (1, 1)
+
+
+def test_twice_as_wide_are_all_layers():
+    features, variables = shapes(ResNet50w2(width=0.25), 32)
+    assert [f.shape[-1] for f in features.stages] == [128, 256, 512, 1024]
+    assert features.pooled.shape[-1] == ResNet50w2(width=0.25).pooled_dim == 1024
+    assert variables["params"]["conv1"]["kernel"].shape[-1] == 32
+    assert variables["params"]["layer1_0"]["conv1"]["kernel"].shape[-1] == 32
+
+
+def test_classes_add_a_classifier():
+    features, variables = shapes(tiny(classes=3), 8)
+    assert features.logits.shape == (2, 3)
+    assert variables["params"]["fc"]["kernel"].shape == (features.pooled.shape[1], 3)
+    assert shapes(tiny(), 8)[0].logits is None
 
 
 def test_bottleneck_strides_in_its_3x3():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones import apply, normal, parameter_count, shapes
+from backbones import apply, branch_rates, normal, parameter_count, shapes
 from jax.flatten_util import ravel_pytree
 
 from ssl_kd.errors import UserError
@@ -18,6 +18,8 @@ from ssl_kd.models.vit import (
     ViT,
     ViTBase,
     ViTSmall,
+    ViTSmallDINOv2,
+    ViTSmallReg4DINOv2,
     ViTTiny,
     gelu,
     interpolate_positions,
@@ -154,6 +156,73 @@ def test_interpolation_of_a_grid_is_by_rows_and_columns():
     np.testing.assert_allclose(out, out[:, :1].repeat(3, axis=1), rtol=1e-6, atol=1e-6)
 
 
+def test_antialiased_interpolation_keeps_a_constant_and_averages_when_it_shrinks():
+    np.testing.assert_allclose(interpolate_positions(jnp.ones((1, 36, 4)), (2, 9), antialias=True), 1, rtol=1e-6)
+    checkered = jnp.where(jnp.indices((6, 6)).sum(0) % 2, 1.0, -1.0).reshape(1, 36, 1)
+    assert np.abs(interpolate_positions(checkered, (2, 2), antialias=True)).max() < 0.05
+    assert np.abs(interpolate_positions(checkered, (2, 2))).max() > 0.5
+
+
+@pytest.mark.parametrize(("network", "positions", "before"), [(ViTSmallDINOv2, 1370, 1), (ViTSmallReg4DINOv2, 1369, 5)])
+def test_dinov2s_tokens(network, positions, before):
+    """14-px patches; with registers the class token has no position."""
+    features, variables = shapes(network(), 518)
+    params = variables["params"]
+    assert params["pos_embed"].shape == (1, positions, 384)
+    assert params.get("reg_token", jnp.zeros((1, 0, 384))).shape == (1, before - 1, 384)
+    assert params["patch_embed"]["kernel"].shape == (14, 14, 3, 384)
+    assert [f.shape for f in features.stages] == 4 * [(2, 37, 37, 384)]
+    assert features.pooled.shape == (2, 384)
+    assert network().min_size == 14
+    assert network(stem="small").min_size == 4
+
+
+def test_registers_get_no_positions_and_stand_between_class_and_patches():
+    model, x = tiny(registers=2, depth=1), normal((2, 8, 8, 3))
+    variables = variables_of(model, x, norm="running")
+    params = variables["params"]
+    assert params["pos_embed"].shape == (1, 4, 8)
+    seen = []
+
+    def intercept(function, args, kwargs, context):
+        if isinstance(context.module, Block):
+            seen.append(args[0])
+        return function(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        features = model.apply(variables, x, norm="running")
+    np.testing.assert_array_equal(seen[0][:, :1], jnp.broadcast_to(params["cls_token"], (2, 1, 8)))
+    np.testing.assert_array_equal(seen[0][:, 1:3], jnp.broadcast_to(params["reg_token"], (2, 2, 8)))
+    patches = PatchEmbed(patch=4, dim=8).apply({"params": params["patch_embed"]}, x).reshape(2, 4, 8)
+    np.testing.assert_allclose(seen[0][:, 3:], patches + params["pos_embed"], rtol=1e-5, atol=1e-5)
+    assert features.map.shape == (2, 2, 2, 8)
+
+
+def test_layer_scale_multiplies_both_branches():
+    block, x = Block(heads=1, layer_scale=0.5), normal((3, 2, 4))
+    variables = variables_of(block, x)
+    started = block.init(jax.random.key(0), x)["params"]
+    for name in ("ls1", "ls2"):
+        np.testing.assert_array_equal(started[name]["gamma"], jnp.full(4, 0.5))
+        variables["params"][name]["gamma"] = jnp.ones(4)
+    plain = {name: layer for name, layer in variables["params"].items() if not name.startswith("ls")}
+    np.testing.assert_array_equal(block.apply(variables, x), Block(heads=1).apply({"params": plain}, x))
+    variables["params"]["ls2"]["gamma"] = jnp.zeros(4)
+    without_mlp = Block(heads=1).apply({"params": plain}, x, jnp.array([[1.0] * 3, [0.0] * 3]))
+    np.testing.assert_array_equal(block.apply(variables, x), without_mlp)
+    variables["params"]["ls1"]["gamma"] = jnp.zeros(4)
+    np.testing.assert_array_equal(block.apply(variables, x), x)
+
+
+def test_classes_add_a_classifier_of_the_class_token():
+    model, x = tiny(classes=3), normal((2, 8, 8, 3))
+    variables = variables_of(model, x, norm="running")
+    features = apply(model, variables, x, "running")
+    layer = variables["params"]["head"]
+    np.testing.assert_allclose(features.logits, features.pooled @ layer["kernel"] + layer["bias"], rtol=1e-4, atol=1e-5)
+    assert shapes(tiny(classes=3, dtype=jnp.bfloat16), 8)[0].logits.dtype == jnp.float32
+
+
 def test_branches_are_scaled_row_by_row():
     block = Block(heads=1, mlp_ratio=1)
     x = normal((3, 2, 4))
@@ -169,17 +238,9 @@ def test_branches_are_scaled_row_by_row():
     np.testing.assert_array_equal(mixed[2], block.apply(variables, x)[2])
 
 
-def test_drop_path_rises_linearly_over_the_blocks_and_keeps_the_expectation():
-    rows, rates = 4096, np.array([0.0, 0.125, 0.25])
-    model = tiny(depth=3, drop_path=0.25)
-    scales = np.asarray(
-        model.apply({}, rows, rngs={"dropout": jax.random.key(3)}, method=lambda model, rows: model.branch_scales(rows))
-    )
-    assert scales.shape == (3, 2, rows)
-    for scale, rate in zip(scales, rates, strict=True):
-        assert set(np.unique(scale)) <= {np.float32(0), np.float32(1 / (1 - rate))}
-        np.testing.assert_allclose((scale == 0).mean(1), rate, atol=0.03)  # four standard deviations of 4096 draws
-    assert np.abs(np.corrcoef(scales[1:].reshape(4, rows)) - np.eye(4)).max() < 0.07  # branches drop independently
+def test_drop_path_rises_linearly_over_the_blocks():
+    rates = branch_rates(tiny(depth=3, drop_path=0.25), Block)
+    np.testing.assert_allclose(rates, [[0.0, 0.0], [0.125, 0.125], [0.25, 0.25]], atol=0.03)
 
 
 def test_nothing_is_dropped_unless_asked():

@@ -1,0 +1,382 @@
+"""A network out of a file that somebody trained, and into one that others can read."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save
+
+from ssl_kd.errors import UserError
+from ssl_kd.models import MODELS, NetworkSpec, init_network
+from ssl_kd.weights.layouts import IGNORED, LAYOUTS, WRAPPERS, from_torch, our_names, renamed, to_torch
+from ssl_kd.weights.torchfile import read_weights
+
+FROM_FILE, FROM_HUB = "file:", "hf:"
+
+IMAGE_SIZE = 224
+"""Side of the images of a network whose file does not say, pixels."""
+
+METADATA = "ssl_kd"
+"""Key of a safetensors header under which `write_network` puts what it knows of a network, as JSON."""
+
+_LISTED = 8  # names in an error before the rest is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A network read from a file.
+
+    Attributes:
+      spec: its architecture and preprocessing.
+      variables: {'params', 'batch_stats'}, float32 numpy arrays.
+      image_size: side of the images it was trained on, pixels.
+      layout: key of LAYOUTS whose names the file uses.
+      prefix: what it puts before them.
+      about: what is known of its origin: 'source', 'sha256', 'licence', …
+      aside: names in the file that found no use, but for torch's count of batches in every batch norm.
+    """
+
+    spec: NetworkSpec
+    variables: dict[str, Any]
+    image_size: int
+    layout: str
+    prefix: str
+    about: dict[str, Any]
+    aside: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """A file held against one architecture, layout and prefix: which weight goes where, and what does not match."""
+
+    spec: NetworkSpec
+    image_size: int
+    layout: str
+    prefix: str
+    places: dict[str, tuple[str, ...]]  # name in the file → path in the variables
+    missing: list[str]
+    misshapen: list[str]
+    unexpected: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return not self.differences
+
+    @property
+    def differences(self) -> list[str]:
+        return [*self.missing, *self.misshapen, *self.unexpected]
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """'file:PATH#KEY' → 'file:PATH' and 'KEY', which chooses one of several state dicts; '' without."""
+    where, _, key = source.partition("#")
+    return where, key
+
+
+def locate(source: str) -> Path:
+    """The file of 'file:PATH' or 'hf:OWNER/REPOSITORY/FILE', downloaded unless it is in the hub's cache.
+
+    Raises:
+      UserError: where there is no such file, or no way to it.
+    """
+    if source.startswith(FROM_FILE):
+        path = Path(source.removeprefix(FROM_FILE)).expanduser()
+        if not path.is_file():
+            raise UserError(f"there is no file {path}: check {source!r}.")
+        return path
+    parts = source.removeprefix(FROM_HUB).split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        example = "hf:timm/resnet50.a1_in1k/model.safetensors"
+        raise UserError(f"{source!r} names no file of the hub: write hf:OWNER/REPOSITORY/FILE, as {example}.")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError(f"{source!r} needs huggingface_hub: pip install 'ssl_kd[hub]'.") from error
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    except Exception as error:  # its own errors, those of its HTTP library, and the system's
+        raise UserError(
+            f"cannot get {source!r} ({_reason(error)}): check the name and the connection, or download the file and "
+            "use file:PATH."
+        ) from error
+
+
+def read_network(path: Path, model: str = "", *, key: str = "", classifier: bool = False) -> WeightFile:
+    """Reads a network from a file in any known layout, which is detected. Nothing keeps its random values.
+
+    Args:
+      path: of a safetensors or torch file.
+      model: key of MODELS preferred where several fit.
+      key: of several state dicts in a torch file, the wanted one's.
+      classifier: keep the classifier, if the file has one.
+
+    Raises:
+      UserError: for a file that cannot be read, or fits no model whole.
+    """
+    tensors, others = read_weights(path, key)
+    metadata = _tmp_metadata(path)
+    about: dict[str, Any] = {"source": path.name, "sha256": sha256(path)}
+    if METADATA in metadata:
+        spec, image_size, layout, recorded = _recorded(path, metadata[METADATA])
+        fit, about = _hold(tensors, spec, image_size, layout, ""), about | recorded
+    else:
+        fit = _detect(path, tensors, model)
+    if not fit.whole:
+        raise UserError(f"{path} does not fit {fit.spec.name!r}, which is nearest: {_report(fit)}.")
+    spec = fit.spec if METADATA in metadata else _with_preprocessing(fit.spec, path, about)
+    if spec.classes and not classifier:
+        spec = dataclasses.replace(spec, classes=0)
+    expected = flatten_dict(_shapes(spec, fit.image_size))
+    places = {place: name for name, place in fit.places.items() if place in expected}
+    arrays = {place: _placed(tensors[name], place, expected[place].shape) for place, name in places.items()}
+    if spec.backbone().transformer:
+        _fold_class_position(arrays, expected)
+    unused = sorted(name for name in tensors.keys() - places.values() if not name.endswith("num_batches_tracked"))
+    return WeightFile(
+        spec=spec,
+        variables={"params": {}, "batch_stats": {}} | unflatten_dict(arrays),
+        image_size=fit.image_size,
+        layout=fit.layout,
+        prefix=fit.prefix,
+        about=about,
+        aside=(*unused, *others),
+    )
+
+
+def write_network(
+    path: Path, spec: NetworkSpec, variables: Any, image_size: int, about: Mapping[str, Any], layout: str = "ssl_kd"
+) -> None:
+    """Writes a network as safetensors under the names of a layout, whole or not at all.
+
+    Its metadata say what the network is, so that `read_network` needs not guess. Layouts without a name for a
+    projection head leave it out.
+
+    Raises:
+      UserError: where the layout has no such network, or the file cannot be written.
+    """
+    if not re.search(LAYOUTS[layout].models, spec.name):
+        raise UserError(
+            f"{LAYOUTS[layout].about} has no {spec.name!r}: choose one of {', '.join(layouts_of(spec.name))}."
+        )
+    if layout != "ssl_kd":
+        spec = dataclasses.replace(spec, head="none", head_hidden=0, dim=0, thead=0)
+    names = LAYOUTS[layout]
+    places, arrays = our_names(_shapes(spec, image_size)), flatten_dict(variables)
+    tensors = {}
+    for name, their in renamed(places, names).items():
+        array = np.ascontiguousarray(to_torch(places[name], np.asarray(arrays[places[name]])))
+        tensors[their] = array[:, :, 0, 0] if name == names.linear else array
+    record = {"spec": _plain(spec), "image_size": image_size, "layout": layout, "about": dict(about)}
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(save(tensors, {METADATA: json.dumps(record), "format": "pt"}))
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file or free space.") from error
+
+
+def layouts_of(model: str) -> list[str]:
+    """Keys of the LAYOUTS that a model can be written in."""
+    return [name for name, layout in LAYOUTS.items() if re.search(layout.models, model) and not layout.head]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def _shapes(spec: NetworkSpec, image_size: int) -> Any:
+    return jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size))
+
+
+def _detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str) -> _Fit:
+    """The whole fit that uses most of the file; where there is none, the nearest."""
+    fits: list[_Fit] = []
+    for models in ((preferred,), MODELS) if preferred else (MODELS,):
+        fits = [fit for model in models for fit in _fits(tensors, model)]
+        whole = [fit for fit in fits if fit.whole]
+        best = [fit for fit in whole if len(fit.places) == max(len(fit.places) for fit in whole)]
+        if len(names := dict.fromkeys(fit.spec.name for fit in best)) > 1:
+            raise UserError(f"{path} fits several models: say whether it is {' or '.join(names)}.")
+        if best:
+            return best[0]
+    if not fits:
+        names = _listed(list(tensors))
+        raise UserError(
+            f"{path} holds none of the networks known here; its names are {names}: convert it with a table "
+            "like those of ssl_kd/weights/layouts.py."
+        )
+    return min(fits, key=lambda fit: len(fit.differences))
+
+
+def _fits(tensors: Mapping[str, np.ndarray], model: str) -> Iterator[_Fit]:
+    """A file held against a model in every layout and after every prefix that gives it most of the model's names."""
+    bare = NetworkSpec(model, head="none")
+    names = our_names(_shapes(bare, IMAGE_SIZE))
+    for prefix in dict.fromkeys(prefix for name in tensors for prefix in _prefixes(name)):
+        for key, layout in LAYOUTS.items():
+            if re.search(layout.models, model) and (not layout.prefixes or prefix.endswith(layout.prefixes)):
+                found = sum(prefix + name in tensors for name in renamed(names, layout).values())
+                if found > len(names) / 2:
+                    spec = dataclasses.replace(bare, mean=layout.mean, std=layout.std)
+                    yield _hold(tensors, _with_head(tensors, spec, key, prefix), IMAGE_SIZE, key, prefix)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    prefix: str | None = ""
+    while prefix is not None:
+        yield prefix
+        prefix = next((prefix + wrapper for wrapper in WRAPPERS if name.startswith(wrapper, len(prefix))), None)
+
+
+def _with_head(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, layout: str, prefix: str) -> NetworkSpec:
+    """With the projection head that the layout names and the file has, its widths read off the weights."""
+    if not (kind := LAYOUTS[layout].head):
+        return spec
+    smallest = dataclasses.replace(spec, head=kind, head_hidden=1, dim=1)
+    names = [name for name in our_names(_shapes(smallest, IMAGE_SIZE)) if name.startswith("projection.")]
+    theirs = renamed(names, LAYOUTS[layout])
+    stored = {name: tensors.get(prefix + theirs[name], np.zeros(0)) for name in names}
+    matrices = [array for name, array in stored.items() if array.ndim == 2 and not name.endswith(".g")]
+    if not all(array.size for array in stored.values()) or not matrices:
+        return spec
+    hidden = len(matrices[0]) if len(matrices) > 1 else 0
+    return dataclasses.replace(spec, head=kind, head_hidden=hidden, dim=len(matrices[-1]))
+
+
+def _hold(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, image_size: int, layout: str, prefix: str) -> _Fit:
+    """Holds a file against an architecture, with the classifier that the file has."""
+    none = dataclasses.replace(spec, classes=0)
+    one = our_names(_shapes(dataclasses.replace(spec, classes=1), image_size))
+    theirs = {name: prefix + their for name, their in renamed(one, LAYOUTS[layout]).items()}
+    network = our_names(_shapes(none, image_size)).keys()
+    claimed = {theirs[name] for name in network}
+    last = [theirs[name] for name in one if name not in network and theirs[name] not in claimed]
+    classes = {tensors[name].shape[0] for name in last if name in tensors and tensors[name].ndim}
+    spec = dataclasses.replace(none, classes=max(classes, default=0))
+    if spec.backbone().transformer and (positions := tensors.get(theirs["pos_embed"])) is not None:
+        image_size = _image_size(spec, positions, image_size)
+    expected = _shapes(spec, image_size)
+    shapes, places, missing, misshapen = flatten_dict(expected), {}, [], []
+    for name, place in our_names(expected).items():
+        their, shape = theirs[name], shapes[place].shape
+        if their not in tensors:
+            missing.append(their)
+        elif not _fills(tensors[their], place, shape):
+            stored = f"{tensors[their].dtype}{list(tensors[their].shape)}"
+            misshapen.append(f"{their} ({stored}, not {list(_torch_shape(place, shape))})")
+        else:
+            places[their] = place
+    unexpected = [
+        name for name in tensors if name not in claimed | set(theirs.values()) and not re.search(IGNORED, name)
+    ]
+    return _Fit(spec, image_size, layout, prefix, places, missing, misshapen, unexpected)
+
+
+def _image_size(spec: NetworkSpec, positions: np.ndarray, default: int) -> int:
+    """Side of the images whose square grid of patches has these position embeddings."""
+    patch, grid = spec.backbone().min_size, math.isqrt(positions.shape[1] if positions.ndim == 3 else 0)
+    return patch * grid if grid else default
+
+
+def _torch_shape(place: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return to_torch(place, np.broadcast_to(np.float32(0), shape)).shape
+
+
+def _fills(array: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored array can be the weight at `place`: a linear layer may be stored for a 1×1 convolution."""
+    there, here = array.shape, _torch_shape(place, shape)
+    if place[-1] == "pos_embed" and len(there) == 3:  # one more where the class token has a position of its own
+        here = (here[0], min(max(there[1], here[1]), here[1] + 1), here[2])
+    if place[-1] == "kernel" and len(here) == 4:
+        there += (1,) * (4 - len(there))
+    return there == here and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _placed(array: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    array = array.astype(np.float32)
+    return from_torch(place, array.reshape(_torch_shape(place, shape)) if place[-1] == "kernel" else array)
+
+
+def _fold_class_position(arrays: dict[tuple[str, ...], np.ndarray], expected: Mapping[tuple[str, ...], Any]) -> None:
+    """Where a model keeps no position of the class token, but its file does, the token takes it."""
+    place = ("params", "backbone", "pos_embed")
+    if arrays[place].shape[1] == expected[place].shape[1] + 1:
+        arrays[("params", "backbone", "cls_token")] += arrays[place][:, :1]
+        arrays[place] = arrays[place][:, 1:]
+
+
+def _report(fit: _Fit) -> str:
+    """What does not match, in words."""
+    kinds = {"missing": fit.missing, "of another shape": fit.misshapen, "without a place": fit.unexpected}
+    return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _with_preprocessing(spec: NetworkSpec, path: Path, about: dict[str, Any]) -> NetworkSpec:
+    """With the mean and std of a config.json beside the file, as timm's on the hub have; the rest goes to `about`."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]
+        mean, std = (tuple(float(x) for x in config[key]) for key in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return spec
+    about |= {
+        key: config[key] for key in ("interpolation", "crop_pct", "license") if isinstance(config.get(key), str | float)
+    }
+    return dataclasses.replace(spec, mean=mean, std=std) if len(mean) == len(std) == 3 else spec
+
+
+def _plain(spec: NetworkSpec) -> dict[str, Any]:
+    """What a file must say of a network, JSON-able."""
+    return {key: value for key, value in dataclasses.asdict(spec).items() if key not in _OF_A_RUN}
+
+
+_OF_A_RUN = ("drop_path", "bn_groups", "remat", "dtype")
+"""Fields of a NetworkSpec that belong to a run, not to the weights."""
+
+
+def _recorded(path: Path, text: str) -> tuple[NetworkSpec, int, str, dict[str, Any]]:
+    """Spec, image size, layout and origin out of the metadata that `write_network` wrote."""
+    try:
+        record = json.loads(text)
+        fields: dict[str, Any] = dict(record["spec"])
+        fields |= {key: tuple(fields[key]) for key in ("mean", "std")}
+        spec, image_size, layout = NetworkSpec(**fields), record["image_size"], record["layout"]
+        _shapes(spec, image_size)
+        LAYOUTS[layout]
+        return spec, image_size, layout, dict(record["about"])
+    except Exception as error:  # whatever a network does with fields that nobody checked
+        raise UserError(
+            f"the metadata of {path} describe no network of this version ({_reason(error)}): use the version "
+            "that wrote it, or remove them."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _tmp_metadata(path):
+    from ssl_kd.weights.torchfile import read_safetensors
+
+    with open(path, "rb") as f:
+        if f.read(9)[8:] != b"{":
+            return {}
+    return read_safetensors(path)[1]

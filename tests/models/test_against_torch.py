@@ -1,0 +1,149 @@
+"""Every backbone computes what torch's does with the same weights: as recorded, and with torch itself if installed.
+
+`python benchmarks/model_fixtures.py` records. Weights and images are its formulas. Without torch, the networks that
+take longest to compile are checked by their parameter counts alone.
+"""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from benchmarks.model_fixtures import CLASSES, compute, digest, images, parameter
+from ssl_kd.models import MODELS
+from ssl_kd.models.vit import interpolate_positions
+
+try:
+    import timm
+    import torch
+    import torchvision
+except ImportError:
+    VERSIONS = None
+else:
+    VERSIONS = f"torch {torch.__version__}, timm {timm.__version__} and torchvision {torchvision.__version__}"
+
+NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.npz") if path.stem != "positions")
+LARGE = {"efficientnet_b1", "resnet50w2", "resnet101", "resnet152", "tf_efficientnet_b1", "vit_small", "vit_base"}
+LARGE |= {"vit_base_dinov2", "vit_base_reg4_dinov2"}
+# Batch statistics of 16 values in a hundred layers enlarge float32's rounding to 3e-4 and 8e-4, here as in torch.
+IN_FLOAT64 = {"resnet101", "resnet152"}
+# With 1000 classes, as torchvision's documentation and timm's tables have them.
+PUBLISHED = {
+    "alexnet_tv": 61_100_840,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_lite0": 4_652_008,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_large": 5_483_032,
+    "mobilenet_v3_large_tv": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
+    "mobilenet_v3_small_tv": 2_542_856,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "shufflenet_v2_x0_5": 1_366_792,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "tf_efficientnet_b0": 5_288_548,
+    "tf_efficientnet_b1": 7_794_184,
+    "tf_efficientnet_lite0": 4_652_008,
+    "vit_tiny": 5_717_416,
+    "vit_small": 22_050_664,
+    "vit_base": 86_567_656,
+}
+LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def torch_name(path) -> str:
+    """The name in torch of a flax path without its collection."""
+    *modules, leaf = (key.key for key in path)
+    name = re.sub(r"_(\d+)(?=[._]|$)", r".\1", ".".join([*modules, LEAVES.get(leaf, leaf)]))
+    return re.sub(r"^patch_embed\.", "patch_embed.proj.", name)
+
+
+def values(path, leaf):
+    """The formula's values of a parameter or statistic in flax's layout."""
+    name, shape = torch_name(path[1:]), leaf.shape
+    if len(shape) == 4:
+        return parameter(name, (shape[3], shape[2], *shape[:2])).transpose(2, 3, 1, 0)
+    return parameter(name, shape[::-1]).T if len(shape) == 2 else parameter(name, shape)
+
+
+def fixture(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "models" / f"{name}.npz") as file:
+        return dict(file)
+
+
+def shapes(name: str, size: int):
+    x = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    return jax.eval_shape(lambda x: MODELS[name](classes=CLASSES).init(jax.random.key(0), x, norm="batch"), x)
+
+
+def outputs(name: str, norms) -> dict[str, np.ndarray]:
+    """What `compute` gives, of our network."""
+    dtype = np.float64 if name in IN_FLOAT64 else np.float32
+    model, x = MODELS[name](classes=CLASSES, dtype=dtype), images(56 if "dinov2" in name else 64).astype(dtype)
+
+    @jax.jit
+    def forward(variables, x):
+        features = model.apply(variables, x, norm="running")
+        return features, *model.apply(variables, x, norm="batch", mutable=["batch_stats"])
+
+    variables = jax.tree_util.tree_map_with_path(values, shapes(name, x.shape[1]))
+    with jax.enable_x64(dtype == np.float64):
+        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+        running, batch, moved = jax.device_get(forward(variables, x))
+    moved = {torch_name(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moved)}
+    return {
+        "eval": np.array([digest(x) for x in (*running.stages, running.pooled, running.logits)]),
+        "train": np.array([digest(x) for x in (*batch.stages, batch.pooled, batch.logits)]),
+        "moved": np.array(
+            [digest(moved[f"{norm}.{leaf}"]) for norm in norms for leaf in ("running_mean", "running_var")]
+        ),
+    }
+
+
+def test_which_torch_is_compared_with(capsys):
+    with capsys.disabled():
+        print(
+            f"\nbackbones: against what was recorded{f' and against {VERSIONS}' if VERSIONS else ', torch is not here'}"
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if VERSIONS or name not in LARGE])
+def test_outputs_and_statistics_are_torchs(name):
+    """Stages, pooled feature and logits by running and by batch statistics, and how far the running ones move."""
+    recorded = fixture(name)
+    got = outputs(name, recorded["norms"])
+    for reference in (recorded, compute(name)) if VERSIONS else (recorded,):
+        for key, ours in got.items():
+            theirs = reference[key]
+            assert ours.shape == theirs.shape
+            for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                np.testing.assert_allclose(a / b[0], b / b[0], rtol=0, atol=1e-4, err_msg=f"{key}, row {row}")
+
+
+def test_every_backbone_is_compared():
+    assert set(NAMES) == {name for name in MODELS if not name.startswith("tiny")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_counts_are_torchs_and_the_published(name):
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(name, 518 if "dinov2" in name else 224)["params"]))
+    assert count == fixture(name)["count"]
+    assert count == PUBLISHED.get(name, count)
+
+
+def test_swavs_wide_resnet_has_94_million_parameters_and_4096_features():
+    assert MODELS["resnet50w2"]().pooled_dim == 4096
+    assert round((fixture("resnet50w2")["count"] - 4097 * CLASSES) / 1e6) == 94
+
+
+def test_positions_are_sampled_as_in_dinov2():
+    recorded = fixture("positions")
+    for key, antialias in (("plain", False), ("registers", True)):
+        got = interpolate_positions(recorded["given"], (3, 7), antialias=antialias)
+        np.testing.assert_allclose(got, recorded[key], rtol=0, atol=1e-6)

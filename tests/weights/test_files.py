@@ -1,0 +1,339 @@
+"""Weights of others, in and out: names are theirs, values survive bit for bit, and whatever does not fit is said."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from conftest import GOLDEN
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from ssl_kd.checkpoint import Checkpoints, write_json
+from ssl_kd.errors import UserError
+from ssl_kd.models import MODELS, NetworkSpec, init_network
+from ssl_kd.models.embed import pooled_features
+from ssl_kd.state import create_state
+from ssl_kd.trained import at_image_size, load, load_source
+from ssl_kd.weights.commands import convert, export, inspect, names_for, show_models, verify
+from ssl_kd.weights.files import METADATA, read_network, write_network
+from ssl_kd.weights.layouts import LAYOUTS, our_names, renamed, to_torch
+
+ROOT = Path(__file__).parents[2]
+NAMES = json.loads((GOLDEN / "weight_names.json").read_text())
+RENAMED = [(program, model) for program, models in NAMES.items() for model in models]
+DINOV2_SIZE = 518
+
+
+def variables_of(spec, image_size=224):
+    """Random values in the shapes of a network, none of them what an initialiser or a copy error would leave."""
+    rng = np.random.default_rng(0)
+    shapes = flatten_dict(jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size)))
+    arrays = {place: rng.normal(size=shape.shape).astype(np.float32) for place, shape in shapes.items()}
+    return {"params": {}, "batch_stats": {}} | unflatten_dict(arrays)
+
+
+def as_saved(spec, variables, layout, prefix=""):
+    """The tensors of a file that another program would have written."""
+    places, arrays = our_names(variables), flatten_dict(variables)
+    names = renamed(places, LAYOUTS[layout])
+    return {prefix + names[n]: np.ascontiguousarray(to_torch(place, arrays[place])) for n, place in places.items()}
+
+
+def keep_models(monkeypatch, *names):
+    """All others cost seconds."""
+    for name in MODELS.keys() - set(names):
+        monkeypatch.delitem(MODELS, name)
+
+
+def assert_equal(found, variables):
+    ours, theirs = flatten_dict(found), flatten_dict(variables)
+    assert ours.keys() == theirs.keys()
+    for place, array in theirs.items():
+        np.testing.assert_array_equal(ours[place], array, err_msg=str(place))
+
+
+@pytest.mark.parametrize(("program", "model"), RENAMED, ids=map("-".join, RENAMED))
+def test_names_and_shapes_are_those_of_timm_and_torchvision(program, model):
+    """Recorded from the real ones by benchmarks/weight_round_trip.py, which also takes every weight there and back."""
+    dinov2 = "dinov2" in model
+    spec = NetworkSpec(model, head="none", classes=0 if dinov2 else 1000)
+    size = DINOV2_SIZE if dinov2 else 224
+    variables = jax.eval_shape(lambda: init_network(spec, jax.random.key(0), size))
+    layout = LAYOUTS[names_for(program, model)]
+    places, shapes = our_names(variables), flatten_dict(variables)
+    lines = []
+    for name, theirs in renamed(places, layout).items():
+        shape = to_torch(places[name], np.broadcast_to(np.float32(0), shapes[places[name]].shape)).shape
+        lines.append(f"{theirs} {list(shape[:2] if name == layout.linear else shape)}")
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    assert {"count": len(lines), "sha256": digest} == NAMES[program][model]
+
+
+FOREIGN = {
+    "timm": (NetworkSpec("resnet18", head="none", classes=7), ""),
+    "timm after DataParallel": (NetworkSpec("resnet18", head="none"), "module.encoder."),
+    "moco_v2": (NetworkSpec("resnet18", head="mlp", head_hidden=24, dim=16), "module.encoder_q."),
+    "moco_v1": (NetworkSpec("resnet18", head="linear", dim=16), "module.encoder_q."),
+    "swav": (NetworkSpec("resnet18", head="mlp_bn", head_hidden=24, dim=16), "module."),
+    "dino": (NetworkSpec("vit_tiny", head="dino", head_hidden=24, dim=16), "module."),
+    "detectron2": (NetworkSpec("resnet18", head="none"), ""),
+    "torchvision": (NetworkSpec("shufflenet_v2_x0_5", head="none", classes=7), ""),
+    "torchvision_v2": (NetworkSpec("mobilenet_v2", head="none", classes=7), ""),
+    "torchvision_v3": (NetworkSpec("mobilenet_v3_small_tv", head="none", classes=7), ""),
+    "efficientnet_pytorch": (NetworkSpec("tf_efficientnet_lite0", head="none", classes=7), ""),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_files_of_others_are_recognised_and_read_whole(case, tmp_path):
+    (spec, prefix), layout = FOREIGN[case], case.split()[0]
+    spec = dataclasses.replace(spec, mean=LAYOUTS[layout].mean, std=LAYOUTS[layout].std)
+    variables = variables_of(spec)
+    tensors = as_saved(spec, variables, layout, prefix) | {"module.queue": np.zeros((2, 2), np.float32)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_network(tmp_path / "x.safetensors", spec.name, classifier=True)
+    assert (found.spec, found.layout, found.prefix, found.image_size) == (spec, layout, prefix, 224)
+    assert found.aside == ("module.queue",)
+    assert found.about["sha256"] == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    assert_equal(found.variables, variables)
+
+    without = read_network(tmp_path / "x.safetensors", spec.name)
+    assert without.spec == dataclasses.replace(spec, classes=0)
+    assert len(flatten_dict(without.variables)) == len(flatten_dict(variables)) - 2 * bool(spec.classes)
+
+
+@pytest.mark.parametrize("layout", ["ssl_kd", "timm", "torchvision", "detectron2"])
+def test_what_is_written_is_read_again_without_guessing(layout, tmp_path):
+    spec = NetworkSpec("resnet18", width=0.25, stem="small", head="mlp", dim=16, mean=(0.1, 0.2, 0.3))
+    variables, path = variables_of(spec, 32), tmp_path / "x.safetensors"
+    write_network(path, spec, variables, 32, {"licence": "MIT", "source": "here"}, layout)
+    found = read_network(path, "vit_base")  # what the file says goes before what is preferred
+    bare = spec if layout == "ssl_kd" else dataclasses.replace(spec, head="none", dim=0, head_hidden=0)
+    assert (found.spec, found.image_size, found.about["licence"], found.about["source"]) == (bare, 32, "MIT", "here")
+    expected = variables if layout == "ssl_kd" else {k: {"backbone": v["backbone"]} for k, v in variables.items()}
+    assert_equal(found.variables, expected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_needs_no_name_unless_several_fit(tmp_path, monkeypatch):
+    keep_models(monkeypatch, "vit_tiny", "efficientnet_lite0", "tf_efficientnet_lite0", "resnet50")
+    spec = NetworkSpec("vit_tiny", head="none")
+    save_file(as_saved(spec, variables_of(spec), "timm"), tmp_path / "vit.safetensors")
+    assert read_network(tmp_path / "vit.safetensors").spec.name == "vit_tiny"
+    assert read_network(tmp_path / "vit.safetensors", "resnet50").spec.name == "vit_tiny"
+    spec = NetworkSpec("efficientnet_lite0", head="none")
+    save_file(as_saved(spec, variables_of(spec), "timm"), tmp_path / "lite.safetensors")
+    with pytest.raises(
+        UserError, match=r"fits several models: say whether it is efficientnet_lite0 or tf_efficientnet_lite0"
+    ):
+        read_network(tmp_path / "lite.safetensors")
+    assert read_network(tmp_path / "lite.safetensors", "tf_efficientnet_lite0").spec.name == "tf_efficientnet_lite0"
+
+
+SMALL = NetworkSpec("shufflenet_v2_x0_5", head="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop("conv5.0.weight"), "missing conv5.0.weight"),
+        (lambda t: t.update({"extra.weight": np.zeros(3, np.float32)}), "without a place extra.weight"),
+        (
+            lambda t: t.update({"conv1.1.bias": np.zeros(3, np.float32)}),
+            r"of another shape conv1.1.bias \(float32\[3\], not \[24\]\)",
+        ),
+        (lambda t: t.update({"conv1.1.bias": np.zeros(24, np.int8)}), r"conv1.1.bias \(int8\[24\]"),
+        (lambda t: [t.pop(name) for name in list(t) if "stage4" in name], r"missing stage4.* and \d+ more"),
+        (lambda t: [t.pop(name) for name in list(t) if "stage" in name], "none of the networks known here"),
+    ],
+)
+def test_nothing_is_left_random_or_over(change, sentence, tmp_path):
+    tensors = as_saved(SMALL, variables_of(SMALL), "torchvision")
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=sentence) as error:
+        read_network(tmp_path / "x.safetensors", SMALL.name)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_is_widened_exactly(tmp_path):
+    variables = variables_of(SMALL)
+    tensors = {name: array.astype(np.float16) for name, array in as_saved(SMALL, variables, "torchvision").items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = flatten_dict(read_network(tmp_path / "x.safetensors", SMALL.name).variables)
+    for place, array in flatten_dict(variables).items():
+        assert found[place].dtype == np.float32
+        np.testing.assert_array_equal(found[place], array.astype(np.float16))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"spec": {"name": "nobody"}}', None])
+def test_metadata_that_describe_nothing_are_one_sentence(text, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_network(path, SMALL, variables_of(SMALL), 224, {})
+    if text is None:
+        from safetensors import safe_open
+
+        with safe_open(path, "np") as file:
+            record = json.loads(file.metadata()[METADATA])
+        record["spec"]["width"] = 1e300
+        text = json.dumps(record)
+    save_file(load_file(path), path, {METADATA: text})
+    with pytest.raises(UserError, match=r"metadata of .*x\.safetensors describe no network"):
+        read_network(path)
+
+
+def test_dinov2_keeps_its_grid_and_a_class_position_finds_its_token(tmp_path):
+    spec = NetworkSpec("vit_small_reg4_dinov2", head="none")
+    variables = variables_of(spec, 70)  # 5 × 5 patches
+    tensors = as_saved(spec, variables, "dinov2") | {"mask_token": np.zeros((1, 384), np.float32)}
+    position = np.full((1, 1, 384), 0.25, np.float32)
+    tensors["pos_embed"] = np.concatenate([position, tensors["pos_embed"]], axis=1)
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = read_network(tmp_path / "x.safetensors", spec.name)
+    assert (found.layout, found.image_size) == ("dinov2", 70)
+    variables["params"]["backbone"]["cls_token"] += position
+    assert_equal(found.variables, variables)
+
+
+def test_position_embeddings_are_interpolated_for_another_image_size(tmp_path):
+    spec = NetworkSpec("tiny_vit", stem="small", head="none")
+    variables = variables_of(spec, 16)
+    write_network(tmp_path / "x.safetensors", spec, variables, 16, {})
+    found = load_source(f"file:{tmp_path / 'x.safetensors'}")
+    assert at_image_size(found, 16) is found
+    larger = at_image_size(found, 24)
+    assert larger.variables["params"]["backbone"]["pos_embed"].shape == (1, 1 + 36, 16)
+    images = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    apply = pooled_features(spec, 24)  # the backbone interpolates by itself what it is given
+    np.testing.assert_allclose(apply(larger.variables, images), apply(variables, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    spec = NetworkSpec("tiny_bottleneck", width=0.25, stem="small", head="mlp", dim=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    write_network(tmp_path / "tiny.safetensors", spec, variables_of(spec, 28), 28, {})
+    return tmp_path / "tiny.safetensors", spec
+
+
+def test_a_frozen_teacher_comes_from_a_file_with_its_preprocessing(tiny_file, tmp_path):
+    path, spec = tiny_file
+    config = runs.config(epochs=0.25, **{"teacher.source": f"file:{path}"})
+    run = runs.prepared(config, tmp_path / "run")
+    teacher = run.recipe.specs["teacher"]
+    assert (teacher.name, teacher.width, teacher.mean, teacher.std) == (spec.name, 0.25, spec.mean, spec.std)
+    assert run.recipe.method.teacher == "frozen"
+    identity = run.record["identity"]
+    assert (identity["teacher.digest"], identity["teacher.mean"]) == (run.pretrained["teacher"].digest, [0.5] * 3)
+    assert_equal(jax.device_get(run.frozen()["teacher"]), read_network(path).variables)
+
+
+def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_path, capsys):
+    path, spec = tiny_file
+    write_network(path, spec, read_network(path).variables, 28, {}, "ssl_kd")
+    bare = dataclasses.replace(spec, head="none", dim=0)
+    backbone = {name: {"backbone": tree["backbone"]} for name, tree in read_network(path).variables.items()}
+    write_network(path, bare, backbone, 28, {})
+    run = runs.prepared(runs.config(**{"student.source": f"file:{path}"}), tmp_path / "run")
+    assert "its mlp head starts anew" in capsys.readouterr().out
+    state = jax.jit(run.create)()
+    assert_equal(jax.device_get(state.trained["student"]["backbone"]), backbone["params"]["backbone"])
+    assert state.trained["student"].keys() == {"backbone", "head"}
+    assert jax.tree.map(np.shape, state.trained) == jax.tree.map(
+        np.shape, jax.eval_shape(lambda: create_state(run.recipe)).trained
+    )
+
+
+def test_load_embeds_with_a_file(tiny_file):
+    path, spec = tiny_file
+    apply, params = load(f"file:{path}")
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
+    expected = pooled_features(spec, 28)(read_network(path).variables, images)
+    np.testing.assert_array_equal(apply(params, images), expected)
+
+
+def test_convert_records_the_origin_and_verify_holds_it_to_that(tiny_file, tmp_path, capsys):
+    path, _ = tiny_file
+    out = tmp_path / "converted.safetensors"
+    convert(f"file:{path}", str(out), licence="MIT")
+    verify(str(out))
+    shown = capsys.readouterr().out
+    assert "--config.teacher.source=file:" in shown and "Weights as converted" in shown and "MIT" in shown
+    from safetensors import safe_open
+
+    with safe_open(out, "np") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata[METADATA])["about"]
+    assert (about["licence"], about["source"]) == ("MIT", f"file:{path}")
+    assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    tensors = load_file(out)
+    tensors["conv1.weight"] = tensors["conv1.weight"] + 1
+    save_file(tensors, out, metadata)
+    with pytest.raises(UserError, match="are not those that were converted"):
+        verify(str(out))
+
+
+def test_export_writes_the_student_of_a_run(tmp_path, capsys):
+    run = runs.prepared(runs.config(), tmp_path / "run")
+    write_json(tmp_path / "run" / "run.json", run.record)
+    with closing(Checkpoints(tmp_path / "run", 1)) as checkpoints:
+        checkpoints.save(0, run.create_now())
+    with pytest.raises(UserError, match=r"detectron2 has no model 'tiny': choose --names=ssl_kd"):
+        export(str(tmp_path / "run"), tmp_path / "x.safetensors", "detectron2")
+    export(str(tmp_path / "run"), tmp_path / "x.safetensors", "ssl_kd")
+    apply, params = load(f"file:{tmp_path / 'x.safetensors'}")
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
+    original, weights = load(tmp_path / "run")
+    np.testing.assert_array_equal(apply(params, images), original(weights, images))
+    assert "written to" in capsys.readouterr().out
+
+
+def test_the_list_counts_parameters_and_products(monkeypatch, capsys):
+    keep_models(monkeypatch, "resnet18", "mobilenet_v2")
+    show_models()
+    shown = capsys.readouterr().out
+    assert "11.18 M" in shown and "1.81" in shown  # without the classifier's .51 M
+    assert "2.22 M" in shown and "0.30" in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("file:nowhere.pth", "there is no file nowhere.pth"),
+        ("nowhere.pth", "is no source of weights"),
+        ("hf:timm", "names no file of the hub"),
+        ("hf:timm/resnet18", "names no file of the hub"),
+    ],
+)
+def test_a_wrong_source_is_one_sentence(source, sentence):
+    with pytest.raises(UserError, match=sentence):
+        inspect(source)
+
+
+def test_the_hub_is_read_from_its_cache_and_missed_in_a_sentence(tmp_path):
+    """A directory in the layout of huggingface_hub's cache stands in for the hub."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    spec = NetworkSpec("shufflenet_v2_x0_5", head="none")
+    write_network(repository / "snapshots" / ("0" * 40) / "model.safetensors", spec, variables_of(spec), 224, {})
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def run(source):
+        command = [sys.executable, "launch/teacher.py", "inspect", source]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    found = run("hf:someone/tiny/model.safetensors")
+    assert found.returncode == 0 and "shufflenet_v2_x0_5" in found.stdout, found.stderr
+    missed = run("hf:someone/other/model.safetensors")
+    assert missed.returncode == 2 and missed.stderr.startswith("error: cannot get 'hf:someone/other/model.safetensors'")
+    assert len(missed.stderr.splitlines()) == 1
