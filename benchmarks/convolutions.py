@@ -2,12 +2,14 @@
 
     python benchmarks/convolutions.py [--rounds=7] [--only=TEXT] [--out=benchmarks/convolutions]
 
-Writes OUT.json and OUT.md: GFLOP/s of single convolutions, ms an image of whole networks. What `convolve` in
-ssl_kd/models/layers.py does with which shape rests on them. One thread, float32; CPU seconds, not the clock's, so that
-other work on the machine counts little; the sides take turns, and the fastest of their rounds counts.
+Writes OUT.json and OUT.md: GFLOP/s of single convolutions, ms an image of whole networks (in PyTorch timm's, and an
+AlexNet of its own). What `convolve` in ssl_kd/models/layers.py does with which shape rests on them. One thread,
+float32; CPU seconds, not the clock's, so that other work on the machine counts little; the sides take turns, and the
+fastest of their rounds counts.
 """
 
 import argparse
+import itertools
 import os
 import platform
 import time
@@ -16,16 +18,18 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ssl_kd.checkpoint import session, write_json
+from ssl_kd.command import keep_freed_memory
 from ssl_kd.models import MODELS, layers
+from ssl_kd.weights.layouts import TIMM_MODELS
 
 try:
     import torch
+    import torch_models
     import torch_step
 except ImportError:
     torch = None
@@ -79,45 +83,15 @@ DEPTHWISE = {
     ],
     "MobileNet-V3-L, 224 px": [(8, 56, 72, 72, 3, 1, 1), (8, 28, 120, 120, 5, 1, 2)],
 }
-NETWORKS = [("resnet18", 64, 32), ("alexnet", 64, 32), ("depthwise", 64, 32)]
-NETWORKS += [("resnet18", 224, 8), ("alexnet", 224, 8), ("depthwise", 224, 8)]
-BLOCKS = ((16, 3, 1, 1), (24, 3, 2, 4), (24, 3, 1, 3), (40, 5, 2, 3), (40, 5, 1, 3), (80, 3, 2, 6), (80, 3, 1, 3))
-BLOCKS += ((112, 3, 1, 6), (160, 5, 2, 6), (160, 5, 1, 6))
-"""Of the depthwise network, in MobileNet's manner: features, kernel, stride, expansion."""
-
-
-class Depthwise(nn.Module):
-    """A stride-2 stem and inverted residual blocks without skips: what a depthwise network spends its time on."""
-
-    @nn.compact
-    def __call__(self, x):
-        def unit(x, features, kernel, stride=1, groups=1):
-            x = layers.Conv(features, kernel, stride, groups=groups)(x)
-            return nn.relu(layers.BatchNorm()(x, norm="batch"))
-
-        x = unit(x, 16, 3, 2)
-        for features, kernel, stride, expansion in BLOCKS:
-            wide = expansion * x.shape[-1]
-            x = unit(unit(unit(x, wide, 1), wide, kernel, stride, groups=wide), features, 1)
-        return x.mean((1, 2))
+NETWORKS = ("resnet18", "alexnet", "mobilenet_v3_large", "efficientnet_b0")
+SIZES = ((64, 32), (224, 8))
+"""Pixels and images a batch."""
 
 
 def torch_network(name: str, size: int):
     if name == "alexnet":
         return torch_step.AlexNet(1.0, "imagenet", size)
-    if name == "resnet18":
-        return torch_step.ResNet(*torch_step.RESNETS[name], 1.0, "imagenet")
-
-    def unit(features_in, features, kernel, stride=1, groups=1):
-        convolution = torch.nn.Conv2d(features_in, features, kernel, stride, kernel // 2, groups=groups, bias=False)
-        return [convolution, torch.nn.BatchNorm2d(features), torch.nn.ReLU(inplace=True)]
-
-    modules, features_in = unit(3, 16, 3, 2), 16
-    for features, kernel, stride, expansion in BLOCKS:
-        wide = expansion * features_in
-        modules += unit(features_in, wide, 1) + unit(wide, wide, kernel, stride, wide) + unit(wide, features, 1)
-        features_in = features
-    return torch.nn.Sequential(*modules, torch.nn.AdaptiveAvgPool2d(1))
+    return torch_models.timm.create_model(TIMM_MODELS[name], num_classes=0)
 
 
 def convolution_sides(shape: tuple[int, ...], groups: int) -> dict[str, Callable]:
@@ -165,13 +139,12 @@ ORDERS = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 def network_sides(name: str, size: int, batch: int) -> dict[str, Callable]:
     """Value and gradients of the parameters of a network's mean squared feature, its batch norms in training mode."""
     images = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
-    network = Depthwise() if name == "depthwise" else MODELS[name]()
-    call = {} if name == "depthwise" else {"norm": "batch"}
-    variables = network.init(jax.random.key(0), images, **call)
+    network = MODELS[name]()
+    variables = network.init(jax.random.key(0), images, norm="batch")
 
     def loss(params):
-        out, moved = network.apply({**variables, "params": params}, images, **call, mutable=["batch_stats"])
-        return jnp.square(getattr(out, "pooled", out)).mean(), moved
+        out, moved = network.apply({**variables, "params": params}, images, norm="batch", mutable=["batch_stats"])
+        return jnp.square(out.pooled).mean(), moved
 
     compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(variables["params"]).compile()
     sides: dict[str, Callable] = {"ssl_kd": lambda: jax.block_until_ready(compiled(variables["params"]))}
@@ -251,6 +224,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only what has this text in its name")
     parser.add_argument("--out", default=str(Path(__file__).with_suffix("")), help="without .json and .md")
     args = parser.parse_args()
+    keep_freed_memory()  # as every launcher does; PyTorch has the benefit too
     results: dict[str, list] = {"convolutions": [], "networks": []}
     for where, shapes in (SHAPES | DEPTHWISE).items():
         for shape in shapes if args.only in where else ():
@@ -262,7 +236,7 @@ def main() -> None:
             gflop *= 2 if channels == 3 else 3
             results["convolutions"].append({"where": where, "shape": name, "gflop": gflop, "seconds": seconds})
             print(where, name, {side: round(gflop / s) for side, s in seconds.items()}, flush=True)
-    for network, size, batch in NETWORKS:
+    for network, (size, batch) in itertools.product(NETWORKS, SIZES):
         if args.only in f"{network}, {size} px":
             seconds = cpu_seconds(network_sides(network, size, batch), args.rounds)
             results["networks"].append({"network": network, "size": size, "batch": batch, "seconds": seconds})

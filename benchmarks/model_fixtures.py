@@ -249,4 +249,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    import torch_models  # noqa: F401  (makes torchvision and timm importable beside a torch for the CPU)
+
     main(sys.argv[1:])

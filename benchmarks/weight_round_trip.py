@@ -10,9 +10,8 @@ import tempfile
 from pathlib import Path
 
 import safetensors.torch
-import timm
 import torch
-import torchvision
+from torch_models import timm, torchvision
 
 from ssl_kd.checkpoint import session, write_json
 from ssl_kd.weights.commands import names_for

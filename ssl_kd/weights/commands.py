@@ -17,7 +17,7 @@ from ssl_kd.models import MODELS, NetworkSpec, backbone_forward, init_network
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.probes.health import health
-from ssl_kd.trained import load_network, load_source
+from ssl_kd.trained import load_network
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB, WeightFile, locate, read_network, split_source, write_network
 from ssl_kd.weights.layouts import LAYOUTS, TIMM_MODELS
 
@@ -61,7 +61,7 @@ def convert(source: str, out: str, model: str = "", licence: str = "") -> None:
         raise UserError(f"{out!r} must end in .safetensors: that is what is written.")
     found = read(source, model)
     licence = licence or str(found.about.get("license", "unknown"))
-    about = found.about | {"source": source, "licence": licence, "digest": array_digest(found.variables)}
+    about = found.about | {"source": source, "licence": licence}
     write_network(Path(out), found.spec, found.variables, found.image_size, about)
     show(found)
     console.print(f"Written to {out}. Use it: --config.teacher.source={FROM_FILE}{out}")
@@ -75,10 +75,10 @@ def verify(file: str) -> None:
     """
     found = read(FROM_FILE + file)
     if "digest" not in found.about:
-        raise UserError(f"{file} was not written by `convert`, so there is no digest to compare: convert it first.")
+        raise UserError(f"{file} was not written here, so there is no digest to compare: convert it first.")
     if array_digest(found.variables) != found.about["digest"]:
         raise UserError(
-            f"the weights in {file} are not those that were converted: convert {found.about['source']} again."
+            f"the weights in {file} are not those that were written: make it from {found.about['source']} again."
         )
     show(found)
     images, _ = arrays(open_source("embedded", f"test[:{VERIFIED_IMAGES}]", 0))
@@ -86,7 +86,7 @@ def verify(file: str) -> None:
     if not np.isfinite(features).all():
         raise UserError(f"{file} gives features that are not finite: its weights or its preprocessing are wrong.")
     rank = health(features)["effective_rank"]
-    console.print(f"Weights as converted; {VERIFIED_IMAGES} images give features of effective rank {rank:.1f}.")
+    console.print(f"Weights as written; {VERIFIED_IMAGES} images give features of effective rank {rank:.1f}.")
 
 
 def export(source: str, out: Path, names: str, network: str = "", step: int | None = None) -> None:
@@ -96,18 +96,19 @@ def export(source: str, out: Path, names: str, network: str = "", step: int | No
       UserError: for a network that the program does not have, or one that is not there.
     """
     foreign = source.startswith((FROM_FILE, FROM_HUB))
-    found = load_source(source) if foreign else load_network(source, network, step)
+    found = read(source) if foreign else load_network(source, network, step)
     spec = found.spec
     layout = names_for(names, spec.name)
-    write_network(out, spec, found.variables, found.image_size, {"source": source, "digest": found.digest}, layout)
-    console.print(f"{found.role} ({spec.name}) written to {out} in the naming of {LAYOUTS[layout].about}.")
+    write_network(out, spec, found.variables, found.image_size, {"source": source}, layout)
+    console.print(f"{spec.name} written to {out} in the naming of {LAYOUTS[layout].about}.")
     if names != "ssl_kd" and (spec.width, spec.stem) != (1.0, "imagenet"):
         console.print(
             f"Its width is {spec.width:g} and its stem {spec.stem!r}: the shapes are not those of {names}'s own model, "
             "which has width 1 and the stem for large images."
         )
     elif names == "timm":
-        console.print(f"Load: timm.create_model({TIMM_MODELS[spec.name]!r}, num_classes=0).load_state_dict(…)")
+        there = f"timm.create_model({TIMM_MODELS[spec.name]!r}, num_classes={spec.classes})"
+        console.print(f"Load: {there}.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
 
 
 def names_for(program: str, model: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save
 
+from ssl_kd.checkpoint import array_digest
 from ssl_kd.errors import UserError
 from ssl_kd.models import MODELS, NetworkSpec, init_network
 from ssl_kd.weights.layouts import IGNORED, LAYOUTS, WRAPPERS, from_torch, our_names, renamed, to_torch
@@ -159,8 +160,8 @@ def write_network(
 ) -> None:
     """Writes a network as safetensors under the names of a layout, whole or not at all.
 
-    Its metadata say what the network is, so that `read_network` needs not guess. Layouts without a name for a
-    projection head leave it out.
+    Its metadata say what the network is, so that `read_network` needs not guess, where it is from, and the digest of
+    its weights. Layouts but ssl_kd's leave its heads out.
 
     Raises:
       UserError: where the layout has no such network, or the file cannot be written.
@@ -171,13 +172,13 @@ def write_network(
         )
     if layout != "ssl_kd":
         spec = dataclasses.replace(spec, head="none", head_hidden=0, dim=0, thead=0)
-    names = LAYOUTS[layout]
-    places, arrays = our_names(_shapes(spec, image_size)), flatten_dict(variables)
-    tensors = {}
+    names, places, tensors = LAYOUTS[layout], our_names(_shapes(spec, image_size)), {}
+    arrays = {place: np.asarray(array) for place, array in flatten_dict(variables).items() if place in places.values()}
     for name, their in renamed(places, names).items():
-        array = np.ascontiguousarray(to_torch(places[name], np.asarray(arrays[places[name]])))
+        array = np.ascontiguousarray(to_torch(places[name], arrays[places[name]]))
         tensors[their] = array[:, :, 0, 0] if name == names.linear else array
-    record = {"spec": _plain(spec), "image_size": image_size, "layout": layout, "about": dict(about)}
+    about = {**about, "digest": array_digest({"params": {}, "batch_stats": {}} | unflatten_dict(arrays))}
+    record = {"spec": _plain(spec), "image_size": image_size, "layout": layout, "about": about}
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,10 +215,9 @@ def _detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str) -> _F
         if best:
             return best[0]
     if not fits:
-        names = _listed(list(tensors))
         raise UserError(
-            f"{path} holds none of the networks known here; its names are {names}: convert it with a table "
-            "like those of ssl_kd/weights/layouts.py."
+            f"{path} holds none of the networks known here; its names are {_listed(list(tensors))}: add a table of names "
+            "to ssl_kd/weights/layouts.py."
         )
     return min(fits, key=lambda fit: len(fit.differences))
 
@@ -275,7 +275,7 @@ def _hold(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, image_size: int,
         their, shape = theirs[name], shapes[place].shape
         if their not in tensors:
             missing.append(their)
-        elif not _fills(tensors[their], place, shape):
+        elif not _fills(tensors[their], place, shape, class_position=getattr(spec.backbone(), "registers", 0) > 0):
             stored = f"{tensors[their].dtype}{list(tensors[their].shape)}"
             misshapen.append(f"{their} ({stored}, not {list(_torch_shape(place, shape))})")
         else:
@@ -296,13 +296,16 @@ def _torch_shape(place: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, .
     return to_torch(place, np.broadcast_to(np.float32(0), shape)).shape
 
 
-def _fills(array: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a stored array can be the weight at `place`: a linear layer may be stored for a 1×1 convolution."""
+def _fills(array: np.ndarray, place: tuple[str, ...], shape: tuple[int, ...], *, class_position: bool) -> bool:
+    """Whether a stored array can be the weight at `place`: a linear layer may be stored for a 1×1 convolution.
+
+    `class_position`: the class token may have a position in the file, though it has none in the model.
+    """
     there, here = array.shape, _torch_shape(place, shape)
-    if place[-1] == "pos_embed" and len(there) == 3:  # one more where the class token has a position of its own
-        here = (here[0], min(max(there[1], here[1]), here[1] + 1), here[2])
     if place[-1] == "kernel" and len(here) == 4:
         there += (1,) * (4 - len(there))
+    if place[-1] == "pos_embed" and class_position and there == (1, here[1] + 1, here[2]):
+        there = here
     return there == here and jnp.issubdtype(array.dtype, jnp.floating)
 
 

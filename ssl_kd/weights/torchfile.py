@@ -354,6 +354,7 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch._utils _rebuild_parameter_with_state": lambda tensor, requires_grad, hooks, state: tensor,
+    "torch.nn.parameter Parameter": lambda tensor: tensor,  # torch 0.1 to 0.3, as torchvision's first weights
     "torch Size": lambda size: size,
     "collections OrderedDict": _ordered_dict,
     "_codecs encode": _encode,
@@ -439,9 +440,10 @@ def _unpickle(stream: io.BytesIO, storages: _Storages) -> Any:
                 _require(callable(function) and isinstance(arguments, tuple), "its pickle calls what is no function")
                 work += sum(len(part) for part in arguments if isinstance(part, str | list | tuple | dict))
                 stack.append(function(*arguments))
-            case "BUILD":  # attributes, as `_metadata` of a state dict
-                stack.pop()
-                _require(type(stack[-1]) is dict, "its pickle sets attributes of what is no OrderedDict")
+            case "BUILD":  # attributes: `_metadata` of a state dict; requires_grad, volatile and hooks of a parameter
+                state, target = stack.pop(), stack[-1]
+                known = isinstance(target, np.ndarray) and isinstance(state, tuple) and len(state) == 3
+                _require(known or type(target) is dict, "its pickle sets attributes of what has none")
             case "BINBYTES" | "SHORT_BINBYTES":
                 stack.append(argument())
             case "BINSTRING" | "SHORT_BINSTRING":  # Python 2's str

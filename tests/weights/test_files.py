@@ -266,7 +266,7 @@ def test_convert_records_the_origin_and_verify_holds_it_to_that(tiny_file, tmp_p
     convert(f"file:{path}", str(out), licence="MIT")
     verify(str(out))
     shown = capsys.readouterr().out
-    assert "--config.teacher.source=file:" in shown and "Weights as converted" in shown and "MIT" in shown
+    assert "--config.teacher.source=file:" in shown and "Weights as written" in shown and "MIT" in shown
     from safetensors import safe_open
 
     with safe_open(out, "np") as file:
@@ -277,7 +277,7 @@ def test_convert_records_the_origin_and_verify_holds_it_to_that(tiny_file, tmp_p
     tensors = load_file(out)
     tensors["conv1.weight"] = tensors["conv1.weight"] + 1
     save_file(tensors, out, metadata)
-    with pytest.raises(UserError, match="are not those that were converted"):
+    with pytest.raises(UserError, match="are not those that were written"):
         verify(str(out))
 
 
