@@ -103,6 +103,18 @@ def accuracy_table(results: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def layer_table(results: Mapping[str, Mapping[str, float]], title: str) -> Table:
+    """Accuracy of every layer of each network, in %, and which is the best."""
+    table = Table(title=title)
+    table.add_column("network")
+    for column in (*next(iter(results.values())), "best"):
+        table.add_column(column, justify="right")
+    for name, row in results.items():
+        best = max(row, key=row.__getitem__)
+        table.add_row(name, *(f"{100 * value:.1f}" for value in row.values()), best)
+    return table
+
+
 def summarise(run: Run, results: Mapping[str, Any]) -> None:
     """Prints what a finished run reached, where it lies, and what to try next."""
     c = run.config

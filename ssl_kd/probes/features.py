@@ -51,13 +51,14 @@ def extract(
     if total == 0:
         raise UserError("the set of images to extract features from is empty: check its path and split.")
     shape = _image(images, 0).shape
+    apply = apply if isinstance(apply, Partial) else Partial(apply)
     if mesh is None:
         step = jax.jit(_call)
     else:
         batch_size += -batch_size % mesh.shape["data"]
-        sharding = NamedSharding(mesh, PartitionSpec("data"))
-        step = jax.jit(_call, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    apply = apply if isinstance(apply, Partial) else Partial(apply)
+        sharding, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        apply = jax.device_put(apply, replicated)  # variables out of a checkpoint lie on one device
+        step = jax.jit(_call, out_shardings=replicated)
 
     def batch(start: int) -> jax.Array:
         rows = range(start, start + batch_size)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 from jax.tree_util import Partial
+from ml_collections import ConfigDict
 
 from ssl_kd.data.sources import Source, Subset, arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
+from ssl_kd.probes.layers import EPOCHS, layer_probe
 from ssl_kd.state import State
 from ssl_kd.trained import load_network
 
@@ -102,12 +104,44 @@ def probe_network(
     """
     found = load_network(workdir, network, step)
     c = found.config
-    spec = source or c.data.source
-    train_set = open_source(spec, train or c.data.train, c.data.canvas)
+    train_set, test_set = open_splits(c, source, train, test)
     apply = Partial(pooled_features(found.spec, c.image_size), found.variables)
-    sets = labelled(train_set, c.probe.train_images), labelled(open_source(spec, test or c.data.test, c.data.canvas))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    sets = labelled(train_set, c.probe.train_images), labelled(test_set)
     if not (sets[0].num_classes and sets[1].num_classes):
+        spec = source or c.data.source
         raise UserError(f"{spec!r} has unlabelled images, so there is nothing to probe: choose a labelled --source.")
-    row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=mesh)
+    row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=all_devices())
     return {f"{found.role} at step {found.step}": row}
+
+
+def probe_layers(
+    workdir: str,
+    network: str = "",
+    step: int | None = None,
+    *,
+    source: str = "",
+    train: str = "",
+    test: str = "",
+    epochs: float = EPOCHS,
+) -> dict[str, dict[str, float]]:
+    """The layer-wise linear probe, on all training images, of a network chosen as for `probe_network`.
+
+    Raises:
+      UserError: as `probe_network` and `layer_probe`.
+    """
+    found = load_network(workdir, network, step)
+    sets = open_splits(found.config, source, train, test)
+    row = layer_probe(found, *sets, image_size=found.image_size, epochs=epochs, mesh=all_devices(), progress=True)
+    return {f"{found.role} at step {found.step}": row}
+
+
+def open_splits(config: ConfigDict, source: str, train: str, test: str) -> tuple[Source, Source]:
+    """Training and test images; what is '' is the run's."""
+    spec = source or config.data.source
+    splits = train or config.data.train, test or config.data.test
+    train_set, test_set = (open_source(spec, split, config.data.canvas) for split in splits)
+    return train_set, test_set
+
+
+def all_devices() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))

@@ -216,8 +216,8 @@ def _detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str) -> _F
             return best[0]
     if not fits:
         raise UserError(
-            f"{path} holds none of the networks known here; its names are {_listed(list(tensors))}: add a table of names "
-            "to ssl_kd/weights/layouts.py."
+            f"{path} holds none of the networks known here; its names are {_listed(list(tensors))}: add a table of "
+            "names to ssl_kd/weights/layouts.py."
         )
     return min(fits, key=lambda fit: len(fit.differences))
 

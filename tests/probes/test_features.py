@@ -55,6 +55,13 @@ def test_a_mesh_gives_the_same_features(wrap):
     np.testing.assert_array_equal(extract(row_sums, wrap(IMAGES), batch_size=9, mesh=mesh), EXPECTED)
 
 
+def test_weights_may_lie_on_one_device_of_a_mesh():
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    weights = jax.device_put(np.float32(2), jax.devices()[0])  # committed, as what a checkpoint gives
+    apply = jax.tree_util.Partial(lambda weights, images: weights * row_sums(images), weights)
+    np.testing.assert_array_equal(extract(apply, IMAGES, mesh=mesh), 2 * EXPECTED)
+
+
 def test_one_compilation_for_all_sets_and_weights():
     traces = []
 
