@@ -125,8 +125,7 @@ def read_network(path: Path, model: str = "", *, key: str = "", classifier: bool
     Raises:
       UserError: for a file that cannot be read, or fits no model whole.
     """
-    tensors, others = read_weights(path, key)
-    metadata = _tmp_metadata(path)
+    tensors, others, metadata = read_weights(path, key)
     about: dict[str, Any] = {"source": path.name, "sha256": sha256(path)}
     if METADATA in metadata:
         spec, image_size, layout, recorded = _recorded(path, metadata[METADATA])
@@ -374,12 +373,3 @@ def _recorded(path: Path, text: str) -> tuple[NetworkSpec, int, str, dict[str, A
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _tmp_metadata(path):
-    from ssl_kd.weights.torchfile import read_safetensors
-
-    with open(path, "rb") as f:
-        if f.read(9)[8:] != b"{":
-            return {}
-    return read_safetensors(path)[1]

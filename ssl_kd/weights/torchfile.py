@@ -45,14 +45,14 @@ _DAMAGE = (
 )
 
 
-def read_weights(path: str | Path, key: str = "") -> tuple[dict[str, np.ndarray], list[str]]:
+def read_weights(path: str | Path, key: str = "") -> tuple[dict[str, np.ndarray], list[str], dict[str, str]]:
     """The named tensors of a torch checkpoint or a safetensors file, told apart by content.
 
     Args:
       key: of several state dicts in a checkpoint, the wanted one's; see `tensors`.
 
     Returns:
-      name -> array as stored, and the names of entries that are no tensors.
+      name -> array as stored, the names of entries that are no tensors, and the metadata of a safetensors file.
 
     Raises:
       UserError: if the file is missing, damaged, of another kind, or holds no or several state dicts.
@@ -60,10 +60,11 @@ def read_weights(path: str | Path, key: str = "") -> tuple[dict[str, np.ndarray]
     with _File(path) as file:
         is_safetensors = file.read(9)[8:] == b"{"
     if not is_safetensors:
-        return tensors(read_torch(path), path, key)
+        return *tensors(read_torch(path), path, key), {}
     if key:
         raise UserError(f"{path} is a safetensors file, which holds one state dict: do not choose key {key!r} in it.")
-    return read_safetensors(path)[0], []
+    arrays, metadata = read_safetensors(path)
+    return arrays, [], metadata
 
 
 def tensors(tree: Any, where: str | Path, key: str = "") -> tuple[dict[str, np.ndarray], list[str]]:

@@ -230,7 +230,7 @@ def test_views_share_their_storage(suffix):
 
 def test_read_weights_finds_the_state_dict_of_a_training_checkpoint():
     for suffix in FORMATS:
-        arrays, rest = read_weights(GOLDEN / f"checkpoint{suffix}.pth")
+        arrays, rest, _ = read_weights(GOLDEN / f"checkpoint{suffix}.pth")
         same(arrays, EXPECTED["checkpoint"]["state_dict"])
         assert rest == []
 
@@ -381,7 +381,7 @@ def test_safetensors(tmp_path):
     found, metadata = read_safetensors(tmp_path / "x.bin")
     same(found, {name: arrays[name] for name in found})
     assert found.keys() == arrays.keys() and metadata == {"made": "here"}
-    weights, rest = read_weights(tmp_path / "x.bin")
+    weights, rest, _ = read_weights(tmp_path / "x.bin")
     same(weights, found)
     assert rest == []
     refused(tmp_path / "x.bin", "'teacher'", read=lambda path: read_weights(path, "teacher"))
