@@ -9,7 +9,6 @@ from ml_collections import ConfigDict, config_dict
 
 from ssl_kd.augment import PRESETS
 from ssl_kd.methods import METHODS
-from ssl_kd.models import IMAGENET_MEAN, IMAGENET_STD
 
 
 def get_config() -> ConfigDict:
@@ -73,9 +72,12 @@ def network(name: str, **changes) -> ConfigDict:
     c.dim = 128  # embedding width; 0 = the teacher's feature width
     c.thead = 0  # width of MOKD's T-Head; 0 = none
     c.drop_path = 0.0  # stochastic depth, where there is such: probability of skipping the last block, less for others
-    c.source = "init"  # where its weights come from; other sources set all of the above
-    c.mean, c.std = IMAGENET_MEAN, IMAGENET_STD  # that its entry normalises RGB in [0, 1] by; a source sets its own
-    c.resize = 0  # side that its entry resizes views to, pixels; 0 = as they come
+    c.source = "init"  # where its weights come from; other sources set name, width and stem, of a frozen one the head
+    c.mean = config_dict.placeholder(
+        tuple
+    )  # of RGB in [0, 1], subtracted at its entry; None = the source's, ImageNet's
+    c.std = config_dict.placeholder(tuple)  # divided by; as mean
+    c.resize = 0  # side that its entry resizes views to, pixels; 0 = as its source, else as they come
     c.update(changes)
     return c
 

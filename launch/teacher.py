@@ -19,10 +19,10 @@ MODEL = flags.DEFINE_string("model", "", "Key of MODELS, where the weights fit s
 LICENCE = flags.DEFINE_string("licence", "", "Terms of the weights, as 'Apache-2.0'; recorded in the converted file.")
 
 VERBS = {
-    "list": (0, lambda: commands.show_models()),
+    "list": (0, commands.show_models),
     "inspect": (1, lambda source: commands.inspect(source, MODEL.value)),
     "convert": (2, lambda source, out: commands.convert(source, out, MODEL.value, LICENCE.value)),
-    "verify": (1, lambda file: commands.verify(file)),
+    "verify": (1, commands.verify),
 }
 
 

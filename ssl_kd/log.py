@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 
 from ssl_kd.errors import UserError
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and names may hold brackets
 
 
 class Metrics:

@@ -18,7 +18,7 @@ from ssl_kd.augment import PRESETS, Augmentation
 from ssl_kd.data.bags import require_neighbours
 from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS, Method, View
-from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
+from ssl_kd.models import HEADS, IMAGENET_MEAN, IMAGENET_STD, MODELS, NetworkSpec, init_network
 from ssl_kd.optim import Group, Ramp, make_optimizer, warmup_cosine, warmup_stairs
 
 FREE_KEYS = (
@@ -121,7 +121,8 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     positive(config, f"{role}.width", "image_size")
     not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead", f"{role}.resize")
-    if len(c.mean) != 3 or len(c.std) != 3 or not all(x > 0 for x in c.std):
+    mean, std = tuple(c.mean or IMAGENET_MEAN), tuple(c.std or IMAGENET_STD)
+    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
         raise UserError(f"{role}.mean and {role}.std must hold three numbers, of std above 0: see configs/base.py.")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
@@ -139,8 +140,8 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         dim=c.dim,
         thead=c.thead,
         drop_path=c.drop_path,
-        mean=tuple(c.mean),
-        std=tuple(c.std),
+        mean=mean,
+        std=std,
         resize=c.resize,
         bn_groups=config.bn_groups,
         remat=config.remat,
@@ -159,7 +160,7 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         key = f"{role}.resize" if c.resize else "image_size"
         raise UserError(
             f"{key}={image_size} is smaller than {role}.name={c.name!r} with the {stem} stem takes: use {least} or "
-            "more, or a smaller stem."
+            f"more, {role}.resize={least}, or, without weights, a smaller stem."
         )
     if spec.head == "none":
         return dataclasses.replace(spec, dim=spec.feature_dim)

@@ -25,13 +25,14 @@ from ssl_kd.data.loader import Loader, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
+from ssl_kd.models import MODELS
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.judge import Judge, labelled
-from ssl_kd.recipe import Recipe, identity, make_method, make_recipe
+from ssl_kd.recipe import Recipe, identity, make_method, make_recipe, one_of
 from ssl_kd.state import State, abstract, create_state
 from ssl_kd.step import TrainStep
-from ssl_kd.trained import ARCHITECTURE, FROM_WORKDIR, HEAD, RunNetwork, TrainedNetwork, at_image_size, load_source
+from ssl_kd.trained import BACKBONE, ENTRY, FROM_WORKDIR, HEAD, TrainedNetwork, at_image_size, load_source
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB
 
 IN_FLIGHT = 3
@@ -66,12 +67,21 @@ class Run:
 
     def create(self) -> State:
         """The state of step 0. Traceable."""
-        return create_state(self.recipe, {role: network.variables for role, network in self.pretrained.items()})
+        return create_state(self.recipe, self.started)
+
+    @property
+    def started(self) -> dict[str, Any]:
+        """On the host, variables of the trained networks that do not start at random."""
+        trained = self.recipe.method.trained
+        return jax.device_get({role: self.pretrained[role].variables for role in trained if role in self.pretrained})
 
     def create_now(self) -> State:
         """`create` on the mesh. It runs once, so that on the CPU compiling it well costs more than it saves."""
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(self.create, out_shardings=self.replicated, compiler_options=options)()
+        create = jax.jit(
+            functools.partial(create_state, self.recipe), out_shardings=self.replicated, compiler_options=options
+        )
+        return create(self.started)
 
     def frozen(self) -> dict[str, Any]:
         """Variables of the networks that no step writes, on the mesh."""
@@ -104,7 +114,7 @@ class Run:
 
         def features() -> np.ndarray:
             console.print("Mining bags: the teacher embeds every image, each finds its nearest others …")
-            spec = dataclasses.replace(teacher.spec, dtype=jnp.float32)
+            spec = dataclasses.replace(self.recipe.specs["teacher"], dtype=jnp.float32)
             apply = Partial(pooled_features(spec, c.image_size), teacher.variables)
             return extract(apply, labelled(self.train).images, batch_size=c.probe.batch_size, mesh=self.mesh)
 
@@ -113,7 +123,8 @@ class Run:
             features,
             images=len(self.train),
             neighbours=self.bag_size,
-            data=f"{c.data.source} {c.data.train}, canvas {c.data.canvas}, image_size {c.image_size}",
+            data=f"{c.data.source} {c.data.train}, canvas {c.data.canvas}, image_size {c.image_size}, teacher's entry "
+            + ", ".join(str(c.teacher[key]) for key in ENTRY),
             teacher=teacher.digest,
             progress=lambda done, total: console.print(f"mining: {done:,} of {total:,} images"),
         )
@@ -170,7 +181,7 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
     pretrained = {}
     for role, source in sources.items():
         if source != "init":
-            pretrained[role] = adopt(config, role, source, keep_head=role in trained)
+            pretrained[role] = adopt(config, role, source, trained=role in trained)
     recipe = make_recipe(config, len(train))
     for role in recipe.method.frozen:
         if role not in pretrained and not untrained:
@@ -186,9 +197,9 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
     for role, network in pretrained.items():
         expected = jax.eval_shape(lambda role=role: recipe.initial(role))
-        if expected["params"].keys() - network.variables["params"].keys():
-            network = pretrained[role] = completed(network, jax.jit(recipe.initial, static_argnums=0)(role))
-            console.print(f"The weights of the {role} have no head: its {recipe.specs[role].head} head starts anew.")
+        if any(getattr(network.spec, key) != getattr(recipe.specs[role], key) for key in HEAD):
+            network = pretrained[role] = with_new_heads(network, jax.jit(recipe.initial, static_argnums=0)(role))
+            console.print(f"{role}: its {recipe.specs[role].head} head is not that of the weights, and starts anew.")
         if jax.tree.map(jnp.shape, network.variables) != jax.tree.map(jnp.shape, expected):
             raise UserError(
                 f"{role}.source was trained at image_size={network.image_size}, which fixes the shape of its weights, "
@@ -203,11 +214,11 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
     return Run(config, workdir, mesh, recipe, train, test, pretrained)
 
 
-def adopt(config: ConfigDict, role: str, source: str, *, keep_head: bool) -> TrainedNetwork:
+def adopt(config: ConfigDict, role: str, source: str, *, trained: bool) -> TrainedNetwork:
     """Reads the network of a source and makes the config of its role agree with it.
 
     Args:
-      keep_head: where a file has no projection head, leave the config's as it is: the network is to be trained.
+      trained: the network goes on training, with the head that the recipe has for it.
 
     Raises:
       UserError: for a source that is unknown or cannot be read.
@@ -217,16 +228,20 @@ def adopt(config: ConfigDict, role: str, source: str, *, keep_head: bool) -> Tra
             f"{role}.source={source!r} is unknown: use 'init', workdir:PATH of an earlier run, file:PATH of weights or "
             "hf:OWNER/REPOSITORY/FILE."
         )
+    one_of(f"{role}.name", config[role].name, MODELS)
     found = load_source(source, config[role].name)
-    kept = HEAD if keep_head and not isinstance(found, RunNetwork) and found.spec.head == "none" else ()
-    config[role].update({key: getattr(found.spec, key) for key in ARCHITECTURE if key not in kept})
+    config[role].update({key: getattr(found.spec, key) for key in (*BACKBONE, *(() if trained else HEAD))})
+    config[role].update({key: getattr(found.spec, key) for key in ENTRY if not config[role][key]})
     console.print(f"{role}: {found.role}, from {source}.")
     return at_image_size(found, config[role].resize or config.image_size)
 
 
-def completed(network: TrainedNetwork, initial: dict[str, Any]) -> TrainedNetwork:
-    """With initial values for what its weights do not have at all."""
-    variables = {name: {**initial[name], **network.variables[name]} for name in initial}
+def with_new_heads(network: TrainedNetwork, initial: dict[str, Any]) -> TrainedNetwork:
+    """The backbone of a network, and initial values for all that stands on it."""
+    variables = {
+        name: {**tree, **{key: value for key, value in network.variables[name].items() if key == "backbone"}}
+        for name, tree in initial.items()
+    }
     return dataclasses.replace(network, variables=variables)
 
 

@@ -23,8 +23,7 @@ from ssl_kd.weights.layouts import LAYOUTS
 
 FROM_WORKDIR = "workdir:"
 
-HEAD = ("head", "head_hidden", "dim", "thead")
-ARCHITECTURE = ("name", "width", "stem", "mean", "std", *HEAD)
+BACKBONE, HEAD, ENTRY = ("name", "width", "stem"), ("head", "head_hidden", "dim", "thead"), ("mean", "std", "resize")
 """Keys of a network that come with its weights."""
 
 
@@ -73,12 +72,23 @@ def load_source(source: str, model: str = "") -> TrainedNetwork:
 
 
 def at_image_size(network: TrainedNetwork, image_size: int) -> TrainedNetwork:
-    """With a ViT's position embeddings interpolated to the grid of another image size, by the rule of its family."""
+    """With a ViT's position embeddings interpolated to the grid of another image size, by the rule of its family.
+
+    Raises:
+      UserError: for images smaller than a patch.
+    """
     backbone, params = network.spec.backbone(), network.variables["params"]
-    if image_size == network.image_size or not backbone.transformer:
+    if not backbone.transformer:
         return network
     before, grid = int(not backbone.registers), image_size // backbone.min_size
     positions = params["backbone"]["pos_embed"]
+    if grid < 1:
+        raise UserError(
+            f"images of {image_size} px are smaller than a patch of {network.spec.name!r}, {backbone.min_size} px: "
+            "raise image_size or the network's resize."
+        )
+    if positions.shape[1] == before + grid**2:
+        return network
     patches = interpolate_positions(positions[:, before:], (grid, grid), antialias=bool(backbone.registers))
     positions = jnp.concatenate([positions[:, :before], patches], axis=1)
     params = {**params, "backbone": {**params["backbone"], "pos_embed": positions}}

@@ -70,7 +70,7 @@ class Judge:
         return results
 
     def random_features(self) -> Partial:
-        """The evaluated network with the weights the run began with, its batch-norm fitted to a few images."""
+        """The evaluated network with weights of its own initialisers, its batch-norm fitted to a few images."""
         recipe = self.run.recipe
         source, _ = recipe.method.averaged.get(self.role, (self.role, None))  # an average begins as a copy
         images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.tree_util import Partial
 from rich.table import Table
+from rich.text import Text
 
 from ssl_kd.bench import flops_of
 from ssl_kd.checkpoint import array_digest
@@ -16,12 +17,13 @@ from ssl_kd.log import console
 from ssl_kd.models import MODELS, NetworkSpec, backbone_forward, init_network
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.models.layers import plain_convolutions
+from ssl_kd.probes.features import extract
 from ssl_kd.probes.health import health
 from ssl_kd.trained import load_network
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB, WeightFile, locate, read_network, split_source, write_network
 from ssl_kd.weights.layouts import LAYOUTS, TIMM_MODELS
 
-VERIFIED_IMAGES = 64
+VERIFIED_IMAGES, LEAST_RANK = 64, 1.5
 
 
 def show_models() -> None:
@@ -82,10 +84,10 @@ def verify(file: str) -> None:
         )
     show(found)
     images, _ = arrays(open_source("embedded", f"test[:{VERIFIED_IMAGES}]", 0))
-    features = np.asarray(jax.jit(pooled_features(found.spec, found.image_size))(found.variables, images))
-    if not np.isfinite(features).all():
-        raise UserError(f"{file} gives features that are not finite: its weights or its preprocessing are wrong.")
-    rank = health(features)["effective_rank"]
+    apply = Partial(pooled_features(found.spec, found.image_size), found.variables)
+    rank = health(extract(apply, images, batch_size=8))["effective_rank"]
+    if rank < LEAST_RANK:
+        raise UserError(f"{file} gives all images one feature: its weights or its preprocessing are wrong.")
     console.print(f"Weights as written; {VERIFIED_IMAGES} images give features of effective rank {rank:.1f}.")
 
 
@@ -99,7 +101,8 @@ def export(source: str, out: Path, names: str, network: str = "", step: int | No
     found = read(source) if foreign else load_network(source, network, step)
     spec = found.spec
     layout = names_for(names, spec.name)
-    write_network(out, spec, found.variables, found.image_size, {"source": source}, layout)
+    about = {**found.about, "source": source} if isinstance(found, WeightFile) else {"source": source}
+    write_network(out, spec, found.variables, found.image_size, about, layout)
     console.print(f"{spec.name} written to {out} in the naming of {LAYOUTS[layout].about}.")
     if names != "ssl_kd" and (spec.width, spec.stem) != (1.0, "imagenet"):
         console.print(
@@ -107,8 +110,10 @@ def export(source: str, out: Path, names: str, network: str = "", step: int | No
             "which has width 1 and the stem for large images."
         )
     elif names == "timm":
-        there = f"timm.create_model({TIMM_MODELS[spec.name]!r}, num_classes={spec.classes})"
+        size = f", img_size={found.image_size}" if spec.backbone().transformer else ""
+        there = f"timm.create_model({TIMM_MODELS[spec.name]!r}, num_classes={spec.classes}{size})"
         console.print(f"Load: {there}.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
+    console.print(f"It takes (RGB − {numbers(spec.mean)}) / {numbers(spec.std)}, RGB in [0, 1].")
 
 
 def names_for(program: str, model: str) -> str:
@@ -136,21 +141,19 @@ def read(source: str, model: str = "") -> WeightFile:
 def show(found: WeightFile) -> None:
     spec, about = found.spec, found.about
     count = sum(x.size for x in jax.tree.leaves(found.variables["params"]))
-    head = (
-        f"{spec.head}, {spec.head_hidden or spec.feature_dim} hidden, {spec.dim} out" if spec.head != "none" else "none"
-    )
+    head = f"{spec.head}, {spec.dim} out" if spec.head != "none" else "none"
     rows = {
         "model": f"{spec.name}, {count:,} parameters, {spec.feature_dim:,} features, images of {found.image_size} px",
         "names": LAYOUTS[found.layout].about + (f", after {found.prefix!r}" if found.prefix else ""),
         "projection head": head,
         "classifier": f"{spec.classes} classes" if spec.classes else "none",
         "takes": f"(RGB − {numbers(spec.mean)}) / {numbers(spec.std)}, RGB in [0, 1]",
-        "not used": f"{len(found.aside)} entries: {', '.join(found.aside[:3])}…" if found.aside else "nothing",
+        "not used": f"{len(found.aside)} entries, as {', '.join(found.aside[:3])}" if found.aside else "nothing",
         **{key: str(value) for key, value in about.items()},
     }
     table = Table(show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # which may hold brackets
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """A network out of a file that somebody trained, and into one that others can read."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,17 @@ from safetensors.numpy import save
 from ssl_kd.checkpoint import array_digest
 from ssl_kd.errors import UserError
 from ssl_kd.models import MODELS, NetworkSpec, init_network
-from ssl_kd.weights.layouts import IGNORED, LAYOUTS, WRAPPERS, from_torch, our_names, renamed, to_torch
+from ssl_kd.weights.layouts import (
+    LAYOUTS,
+    MOST_PREFIXES,
+    PREFIXES,
+    TIMM_MODELS,
+    from_torch,
+    ignored,
+    our_names,
+    renamed,
+    to_torch,
+)
 from ssl_kd.weights.torchfile import read_weights
 
 FROM_FILE, FROM_HUB = "file:", "hf:"
@@ -86,7 +97,7 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def locate(source: str) -> Path:
-    """The file of 'file:PATH' or 'hf:OWNER/REPOSITORY/FILE', downloaded unless it is in the hub's cache.
+    """The file of 'file:PATH' or 'hf:OWNER/REPOSITORY[@REVISION]/FILE', downloaded unless it is in the hub's cache.
 
     Raises:
       UserError: where there is no such file, or no way to it.
@@ -96,16 +107,21 @@ def locate(source: str) -> Path:
         if not path.is_file():
             raise UserError(f"there is no file {path}: check {source!r}.")
         return path
-    parts = source.removeprefix(FROM_HUB).split("/", 2)
+    parts = source.removeprefix(FROM_HUB).split("/", 2)  # owner, repository[@revision], file
     if len(parts) < 3 or not all(parts):
         example = "hf:timm/resnet50.a1_in1k/model.safetensors"
         raise UserError(f"{source!r} names no file of the hub: write hf:OWNER/REPOSITORY/FILE, as {example}.")
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
-        raise UserError(f"{source!r} needs huggingface_hub: pip install 'ssl_kd[hub]'.") from error
+        raise UserError(f"{source!r} needs huggingface_hub: pip install 'huggingface_hub>=1'.") from error
+    repository, _, revision = "/".join(parts[:2]).partition("@")
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+        path = Path(hf_hub_download(repository, parts[2], revision=revision or None))
+        with contextlib.suppress(EntryNotFoundError):  # what it says of the model and its images lies beside it
+            hf_hub_download(repository, str(Path(parts[2]).with_name("config.json")), revision=revision or None)
+        return path
     except Exception as error:  # its own errors, those of its HTTP library, and the system's
         raise UserError(
             f"cannot get {source!r} ({_reason(error)}): check the name and the connection, or download the file and "
@@ -131,10 +147,16 @@ def read_network(path: Path, model: str = "", *, key: str = "", classifier: bool
         spec, image_size, layout, recorded = _recorded(path, metadata[METADATA])
         fit, about = _hold(tensors, spec, image_size, layout, ""), about | recorded
     else:
-        fit = _detect(path, tensors, model)
+        config = _hub_config(path)
+        fit = _detect(path, tensors, model, config.get("model", ""))
+        about |= {key: config[key] for key in ("license", "interpolation", "crop_pct") if key in config}
     if not fit.whole:
         raise UserError(f"{path} does not fit {fit.spec.name!r}, which is nearest: {_report(fit)}.")
-    spec = fit.spec if METADATA in metadata else _with_preprocessing(fit.spec, path, about)
+    if infinite := [name for name in fit.places if not np.isfinite(tensors[name]).all()]:
+        raise UserError(f"{path} has weights that are not finite: {_listed(infinite)}; use an earlier checkpoint.")
+    spec = fit.spec
+    if METADATA not in metadata:
+        spec = dataclasses.replace(spec, **{key: config[key] for key in ("mean", "std") if key in config})
     if spec.classes and not classifier:
         spec = dataclasses.replace(spec, classes=0)
     expected = flatten_dict(_shapes(spec, fit.image_size))
@@ -163,12 +185,8 @@ def write_network(
     its weights. Layouts but ssl_kd's leave its heads out.
 
     Raises:
-      UserError: where the layout has no such network, or the file cannot be written.
+      UserError: where the file cannot be written.
     """
-    if not re.search(LAYOUTS[layout].models, spec.name):
-        raise UserError(
-            f"{LAYOUTS[layout].about} has no {spec.name!r}: choose one of {', '.join(layouts_of(spec.name))}."
-        )
     if layout != "ssl_kd":
         spec = dataclasses.replace(spec, head="none", head_hidden=0, dim=0, thead=0)
     names, places, tensors = LAYOUTS[layout], our_names(_shapes(spec, image_size)), {}
@@ -187,11 +205,6 @@ def write_network(
         raise UserError(f"cannot write {path} ({error.strerror}): choose another file or free space.") from error
 
 
-def layouts_of(model: str) -> list[str]:
-    """Keys of the LAYOUTS that a model can be written in."""
-    return [name for name, layout in LAYOUTS.items() if re.search(layout.models, model) and not layout.head]
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -202,15 +215,18 @@ def _shapes(spec: NetworkSpec, image_size: int) -> Any:
     return jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size))
 
 
-def _detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str) -> _Fit:
-    """The whole fit that uses most of the file; where there is none, the nearest."""
+def _detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str, known: str) -> _Fit:
+    """The whole fit that uses most of the file; where there is none, the nearest. `known`, if any, is the model."""
     fits: list[_Fit] = []
-    for models in ((preferred,), MODELS) if preferred else (MODELS,):
+    for models in ((known,),) if known else ((preferred,), MODELS) if preferred else (MODELS,):
         fits = [fit for model in models for fit in _fits(tensors, model)]
         whole = [fit for fit in fits if fit.whole]
         best = [fit for fit in whole if len(fit.places) == max(len(fit.places) for fit in whole)]
         if len(names := dict.fromkeys(fit.spec.name for fit in best)) > 1:
-            raise UserError(f"{path} fits several models: say whether it is {' or '.join(names)}.")
+            raise UserError(
+                f"{path} fits several models: say whether it is {' or '.join(names)}, by teacher.name or student.name "
+                "in a recipe, else by --model."
+            )
         if best:
             return best[0]
     if not fits:
@@ -227,18 +243,19 @@ def _fits(tensors: Mapping[str, np.ndarray], model: str) -> Iterator[_Fit]:
     names = our_names(_shapes(bare, IMAGE_SIZE))
     for prefix in dict.fromkeys(prefix for name in tensors for prefix in _prefixes(name)):
         for key, layout in LAYOUTS.items():
-            if re.search(layout.models, model) and (not layout.prefixes or prefix.endswith(layout.prefixes)):
+            possible = layout.detected and (not layout.prefixes or prefix.endswith(layout.prefixes))
+            if possible and re.search(layout.models, model):
                 found = sum(prefix + name in tensors for name in renamed(names, layout).values())
                 if found > len(names) / 2:
                     spec = dataclasses.replace(bare, mean=layout.mean, std=layout.std)
-                    yield _hold(tensors, _with_head(tensors, spec, key, prefix), IMAGE_SIZE, key, prefix)
+                    yield _hold(tensors, _with_head(tensors, spec, key, prefix), None, key, prefix)
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    prefix: str | None = ""
-    while prefix is not None:
+    prefix = ""
+    for _ in range(MOST_PREFIXES + 1):
         yield prefix
-        prefix = next((prefix + wrapper for wrapper in WRAPPERS if name.startswith(wrapper, len(prefix))), None)
+        prefix += next((following for following in PREFIXES if name.startswith(following, len(prefix))), "")
 
 
 def _with_head(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, layout: str, prefix: str) -> NetworkSpec:
@@ -256,18 +273,20 @@ def _with_head(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, layout: str
     return dataclasses.replace(spec, head=kind, head_hidden=hidden, dim=len(matrices[-1]))
 
 
-def _hold(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, image_size: int, layout: str, prefix: str) -> _Fit:
-    """Holds a file against an architecture, with the classifier that the file has."""
+def _hold(
+    tensors: Mapping[str, np.ndarray], spec: NetworkSpec, image_size: int | None, layout: str, prefix: str
+) -> _Fit:
+    """Holds a file against an architecture, with the classifier that the file has; without a size, with its grid."""
     none = dataclasses.replace(spec, classes=0)
-    one = our_names(_shapes(dataclasses.replace(spec, classes=1), image_size))
+    one = our_names(_shapes(dataclasses.replace(spec, classes=1), image_size or IMAGE_SIZE))
     theirs = {name: prefix + their for name, their in renamed(one, LAYOUTS[layout]).items()}
-    network = our_names(_shapes(none, image_size)).keys()
+    network = our_names(_shapes(none, image_size or IMAGE_SIZE)).keys()
     claimed = {theirs[name] for name in network}
     last = [theirs[name] for name in one if name not in network and theirs[name] not in claimed]
     classes = {tensors[name].shape[0] for name in last if name in tensors and tensors[name].ndim}
     spec = dataclasses.replace(none, classes=max(classes, default=0))
-    if spec.backbone().transformer and (positions := tensors.get(theirs["pos_embed"])) is not None:
-        image_size = _image_size(spec, positions, image_size)
+    if image_size is None:
+        image_size = _image_size(spec, tensors.get(theirs.get("pos_embed", ""), np.zeros(0)))
     expected = _shapes(spec, image_size)
     shapes, places, missing, misshapen = flatten_dict(expected), {}, [], []
     for name, place in our_names(expected).items():
@@ -280,15 +299,15 @@ def _hold(tensors: Mapping[str, np.ndarray], spec: NetworkSpec, image_size: int,
         else:
             places[their] = place
     unexpected = [
-        name for name in tensors if name not in claimed | set(theirs.values()) and not re.search(IGNORED, name)
+        name for name in tensors if name not in claimed | set(theirs.values()) and not ignored(name, tensors[name])
     ]
     return _Fit(spec, image_size, layout, prefix, places, missing, misshapen, unexpected)
 
 
-def _image_size(spec: NetworkSpec, positions: np.ndarray, default: int) -> int:
-    """Side of the images whose square grid of patches has these position embeddings."""
-    patch, grid = spec.backbone().min_size, math.isqrt(positions.shape[1] if positions.ndim == 3 else 0)
-    return patch * grid if grid else default
+def _image_size(spec: NetworkSpec, positions: np.ndarray) -> int:
+    """Side of the images whose square grid of patches has these position embeddings; IMAGE_SIZE without any."""
+    grid = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
+    return spec.backbone().min_size * grid or IMAGE_SIZE
 
 
 def _torch_shape(place: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -329,20 +348,30 @@ def _report(fit: _Fit) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(repr(name[:100])[1:-1] for name in names[:_LISTED]) + more
 
 
-def _with_preprocessing(spec: NetworkSpec, path: Path, about: dict[str, Any]) -> NetworkSpec:
-    """With the mean and std of a config.json beside the file, as timm's on the hub have; the rest goes to `about`."""
+def _hub_config(path: Path) -> dict[str, Any]:
+    """What a config.json beside the file says, as timm's models on the hub have one: 'model', 'mean', 'std', …
+
+    Raises:
+      UserError: where it names a model of timm that is not known here.
+    """
     try:
-        config = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]
-        mean, std = (tuple(float(x) for x in config[key]) for key in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return spec
-    about |= {
-        key: config[key] for key in ("interpolation", "crop_pct", "license") if isinstance(config.get(key), str | float)
-    }
-    return dataclasses.replace(spec, mean=mean, std=std) if len(mean) == len(std) == 3 else spec
+        text = json.loads((path.parent / "config.json").read_text())
+        architecture, pretrained = text["architecture"], text.get("pretrained_cfg", {})
+        mean, std = (tuple(float(x) for x in pretrained.get(key, ())) for key in ("mean", "std"))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+    config: dict[str, Any] = {key: value for key, value in pretrained.items() if isinstance(value, str | float)}
+    config |= {"mean": mean, "std": std} if len(mean) == len(std) == 3 else {}
+    models = [model for model, name in TIMM_MODELS.items() if name == architecture]
+    if not models:
+        raise UserError(
+            f"{path.parent / 'config.json'} says that {path.name} is timm's {architecture!r}, which is not known here: "
+            "`launch/teacher.py list` shows what is."
+        )
+    return config | {"model": models[0]}
 
 
 def _plain(spec: NetworkSpec) -> dict[str, Any]:

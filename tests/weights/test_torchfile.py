@@ -547,7 +547,7 @@ HOSTILE = {
     "INST": lambda f: Raw(b"(" + pickled(f"touch {f}") + b"iposix\nsystem\n"),
     "OBJ": lambda f: Raw(b"(" + named("posix system") + pickled(f"touch {f}") + b"o"),
     "NEWOBJ": lambda f: Raw(named("pathlib Path") + pickled((str(f),)) + b"\x81"),
-    "BUILD": lambda f: Raw(named("argparse Namespace") + b")R" + pickled({"__setstate__": 1}) + b"b"),
+    "BUILD": lambda f: Raw(named("fractions Fraction") + b")R" + pickled({"__setstate__": 1}) + b"b"),
     "getattr": lambda f: called("builtins getattr", named("torch Size"), "__class__"),
     "numpy scalar": lambda f: called("numpy.core.multiarray scalar", 1),
 }
@@ -646,16 +646,16 @@ def test_names_from_files_stay_on_one_line(tmp_path):
 
 
 def test_the_conversion_is_a_command_that_works(tmp_path):
-    path = write_zip(tmp_path / 'a "quoted" file.pth', {"w": called("argparse Namespace")})
-    command = re.search("run where torch is installed `(.*)` which", refused(path, "argparse.Namespace"))[1]
+    path = write_zip(tmp_path / 'a "quoted" file.pth', {"w": called("fractions Fraction")})
+    command = re.search("run where torch is installed `(.*)` which", refused(path, "fractions.Fraction"))[1]
     assert subprocess.run(["bash", "-nc", command]).returncode == 0
     if torch is None:
         return
-    import argparse
+    import fractions
 
     weight = torch.arange(6.0).reshape(2, 3).t()
-    torch.save({"args": argparse.Namespace(a=1), "model": {"w": weight, "same": weight, "n": 3}}, path)
-    command = re.search("`(.*)`", refused(path, "argparse.Namespace"))[1]
+    torch.save({"args": fractions.Fraction(1, 2), "model": {"w": weight, "same": weight, "n": 3}}, path)
+    command = re.search("`(.*)`", refused(path, "fractions.Fraction"))[1]
     subprocess.run(["bash", "-c", command.replace("python", sys.executable, 1)], check=True)
     same(read_weights(f"{path}.safetensors")[0], {"same": weight.numpy(), "w": weight.numpy()})
 
