@@ -3,6 +3,7 @@
     python benchmarks/compare.py embedded                          3 seeds, MoCo-v2 and ReKD
     python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode; 2 cores
     python benchmarks/compare.py methods --source=hf:DIRECTORY     2 seeds, every method, ResNet-18 student; 2 cores
+    python benchmarks/compare.py public-teacher --source=hf:DIRECTORY --teacher=file:efficientnet-lite0-57934424.pth
     python benchmarks/compare.py cifar10-full --source=hf:DIRECTORY    3 seeds, the full set; for an accelerator
 
 Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
@@ -23,6 +24,8 @@ STUDENT = "--config.student.name=resnet18"
 RESNET18 = [STUDENT, "--config.student.stem=small_s2"]
 RESNET50 = "--config.teacher.name=resnet50"
 FROZEN = "--config.teacher.source=workdir:{teacher}"
+LITE0 = ["--config.teacher.source={file}", "--config.teacher.name=tf_efficientnet_lite0"]
+LITE0 += ["--config.teacher.resize=64", "--config.student.dim=0"]
 ALONE = ["--config.method.teacher=none", "--config.optim.groups.thead.paths=('student/thead','student/reduce')"]
 
 PROTOCOLS = {
@@ -69,6 +72,16 @@ PROTOCOLS = {
         },
         "others": {"MOKD": "teacher_momentum"},
     },
+    "public-teacher": {
+        "preset": ":cifar10",
+        "seeds": 1,
+        "set": ["epochs=8.0"],
+        "rows": {
+            "MoCo-v2": ("moco_v2_resnet18", []),
+            "SEED": ("seed_resnet18", LITE0),
+            "DisCo": ("disco_resnet18", LITE0),
+        },
+    },
     "cifar10-full": {
         "preset": ":cifar10",
         "seeds": 3,
@@ -92,7 +105,7 @@ def workdir(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
-def train(protocol: dict, out: Path, name: str, seed: int, extra: list[str]) -> dict:
+def train(protocol: dict, out: Path, name: str, seed: int, extra: list[str], file: str) -> dict:
     """Runs one cell and returns its results and what the last tenth of training showed."""
     recipe, options = protocol["rows"][name]
     where = workdir(out, name, seed)
@@ -103,7 +116,7 @@ def train(protocol: dict, out: Path, name: str, seed: int, extra: list[str]) -> 
         f"--config.seed={seed}",
         f"--workdir={where}",
         *extra,
-        *[option.format(teacher=teacher) for option in options],
+        *[option.format(teacher=teacher, file=file) for option in options],
     ]
     print("python", *command, flush=True)
     measure_memory([sys.executable, *command], where / "memory.json")
@@ -169,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--source", help="data.source, where the preset's is elsewhere")
+    parser.add_argument("--teacher", default="", help="weights of public-teacher, as file:PATH")
     parser.add_argument("--seeds", type=int, help="how many, from 0")
     parser.add_argument("--out", type=Path, help="where the runs live; default runs/<protocol>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config override for every row")
@@ -180,7 +194,7 @@ def main() -> None:
     runs: dict[str, list[dict]] = {name: [] for name in protocol["rows"]}
     for seed in range(arguments.seeds or protocol["seeds"]):
         for name in protocol["rows"]:
-            runs[name].append(train(protocol, out, name, seed, extra))
+            runs[name].append(train(protocol, out, name, seed, extra, arguments.teacher))
     target = ROOT / "benchmarks" / arguments.protocol
     target.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
     target.with_suffix(".md").write_text(markdown(runs))
