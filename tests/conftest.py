@@ -156,3 +156,10 @@ def three_steps(variant: str):
     first = jax.device_get(rig.create())
     last, metrics = rig.run(3)
     return first, jax.device_get(last), metrics
+
+
+def worst(a, b) -> float:
+    """Largest difference of two trees, relative to the largest entry of each leaf."""
+    a, b = (jax.tree.leaves(jax.device_get(tree)) for tree in (a, b))
+    pairs = [(np.float64(x), np.float64(y)) for x, y in zip(a, b, strict=True) if np.size(x)]
+    return max((np.abs(x - y).max() / max(1e-3, np.abs(x).max()) for x, y in pairs), default=0.0)

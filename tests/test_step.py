@@ -1,8 +1,6 @@
-"""The compiled step: facts that hold for every method, and for every number of devices and micro-batches."""
+"""The compiled step: facts that hold for every method."""
 
 import dataclasses
-import itertools
-import re
 from contextlib import closing
 
 import jax
@@ -10,20 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config
+from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config, worst
 
 from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.state import abstract
 from ssl_kd.step import TrainStep
 
 every_method = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def worst(a, b) -> float:
-    """Largest difference of two trees, relative to the largest entry of each leaf."""
-    a, b = (jax.tree.leaves(jax.device_get(tree)) for tree in (a, b))
-    pairs = [(np.float64(x), np.float64(y)) for x, y in zip(a, b, strict=True) if np.size(x)]
-    return max((np.abs(x - y).max() / max(1e-3, np.abs(x).max()) for x, y in pairs), default=0.0)
 
 
 @every_method
@@ -88,88 +79,6 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(variant, tmp_path):
         restored = checkpoints.restore(abstract(rig.create, rig.replicated))
     last, _ = rig.run(2, restored)
     assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(last), three_steps(variant)[1]))
-
-
-@pytest.mark.parametrize(
-    ("variant", "groups"),
-    [
-        ("rekd-balanced", 8),
-        ("rekd-neighbour", 1),
-        ("disco", 8),
-        ("seed", 2),
-        ("ressl", 2),
-        ("compress", 2),
-        ("simreg", 2),
-        ("bingo", 8),
-        ("mokd", 1),
-    ],
-)
-def test_one_device_equals_eight(variant, groups):
-    """With groups the keys are shuffled across devices."""
-    method, fields = VARIANTS[variant]
-    config = tiny_config(method, **fields)
-    config.bn_groups = groups
-    if method == "mokd":  # AdamW blows up the rounding of gradients that are 0 in exact arithmetic
-        config.optim.groups.teacher.name = "sgd"
-    one, eight = Rig(config, 1), Rig(config, 8)
-    (a, metrics_a), (b, metrics_b) = one.run(2), eight.run(2)
-    for x, y in zip(metrics_a, metrics_b, strict=True):
-        for name in x:
-            np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
-    assert worst(a.trained, b.trained) < 2e-4
-    assert worst(a.memory, b.memory) < 2e-4
-
-
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_accumulation_equals_one_batch_with_as_many_times_the_groups(backend, monkeypatch):
-    """Unrolled, as on a CPU, and in a loop, as elsewhere."""
-
-    def config(accum, bn_groups):
-        c = tiny_config("rekd")
-        c.optim.accum, c.bn_groups = accum, bn_groups
-        return c
-
-    whole = Rig(config(1, 4))
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    split = Rig(config(2, 2))
-    for rig in (split, whole):  # shuffled keys mix the micro-batches, so the two differ by design
-        object.__setattr__(rig.recipe, "shuffle_keys", False)
-    a, metrics_a = split.run(2)
-    monkeypatch.undo()
-    b, metrics_b = whole.run(2)
-    np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
-    assert worst(a.trained, b.trained) < 2e-4
-    assert worst(a.batch_stats, b.batch_stats) < 2e-4
-    assert worst(a.memory, b.memory) < 2e-4
-
-
-def test_shuffled_keys_come_back_in_order():
-    """With running statistics out of the picture (one group) a shuffle must change nothing at all."""
-    plain, shuffled = Rig(tiny_config("moco_v2")), Rig(tiny_config("moco_v2"))
-    object.__setattr__(shuffled.recipe, "shuffle_keys", True)
-    (a, metrics_a), (b, metrics_b) = plain.run(2), shuffled.run(2)
-    np.testing.assert_allclose([m["loss"] for m in metrics_a], [m["loss"] for m in metrics_b], rtol=1e-5)
-    assert worst(a.memory, b.memory) < 1e-4
-
-
-def test_groups_and_shuffle_each_change_the_statistics():
-    config = tiny_config("moco_v2")
-    config.bn_groups = 4
-    shuffled, grouped = Rig(config), Rig(config)
-    object.__setattr__(grouped.recipe, "shuffle_keys", False)
-    losses = [rig.run(1)[1][0]["loss"] for rig in (shuffled, grouped, rig_of("moco_v2"))]
-    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4
-
-
-def test_shuffled_keys_are_split_over_the_devices():
-    """Each device embeds its share of the key view, not the whole batch."""
-    config = tiny_config("moco_v2")
-    config.bn_groups = 8
-    rig = Rig(config, 8)
-    text = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data).compile().as_text()
-    side = config.image_size
-    shapes = set(re.findall(rf"f32\[(\d+),(?:3,{side},{side}|{side},{side},3)\]", text))
-    assert shapes == {str(config.batch_size // 8)}
 
 
 def test_streamed_batches_equal_resident_ones():

@@ -211,7 +211,8 @@ SMALL = NetworkSpec("shufflenet_v2_x0_5", head="none")
         (lambda t: [t.pop(name) for name in list(t) if "stage" in name], "none of the networks known here"),
     ],
 )
-def test_nothing_is_left_random_or_over(change, sentence, tmp_path):
+def test_nothing_is_left_random_or_over(change, sentence, tmp_path, monkeypatch):
+    keep_models(monkeypatch, "shufflenet_v2_x0_5", "resnet18")
     tensors = as_saved(SMALL, variables_of(SMALL), "torchvision")
     change(tensors)
     save_file(tensors, tmp_path / "x.safetensors")
