@@ -8,7 +8,7 @@ from absl import flags
 
 from ssl_kd import command
 from ssl_kd.log import console
-from ssl_kd.probes import layers
+from ssl_kd.probes import layerwise
 from ssl_kd.probes.judge import probe_layers, probe_network
 from ssl_kd.report import accuracy_table, layer_table
 
@@ -19,7 +19,7 @@ SOURCE = flags.DEFINE_string("source", "", "Data source; default the run's.")
 TRAIN = flags.DEFINE_string("train", "", "Training split of the probe; default the run's.")
 TEST = flags.DEFINE_string("test", "", "Test split; default the run's.")
 LAYERS = flags.DEFINE_bool("layers", False, "The layer-wise linear probe, as published for AlexNet, and nothing else.")
-EPOCHS = flags.DEFINE_float("epochs", layers.EPOCHS, "Passes of --layers over the training images.")
+EPOCHS = flags.DEFINE_float("epochs", layerwise.EPOCHS, "Passes of --layers over the training images.")
 JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 

@@ -18,7 +18,7 @@ from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
-from ssl_kd.probes.layers import EPOCHS, layer_probe
+from ssl_kd.probes.layerwise import EPOCHS, layer_probe
 from ssl_kd.state import State
 from ssl_kd.trained import load_network
 

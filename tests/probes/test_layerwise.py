@@ -23,8 +23,8 @@ from ssl_kd.checkpoint import Checkpoints, write_json
 from ssl_kd.errors import UserError
 from ssl_kd.models import MODELS, NetworkSpec, init_network
 from ssl_kd.models.layers import Features
-from ssl_kd.probes import layers
-from ssl_kd.probes.layers import Classifiers, LayerProbe, layer_probe
+from ssl_kd.probes import layerwise
+from ssl_kd.probes.layerwise import Classifiers, LayerProbe, layer_probe
 from ssl_kd.trained import TrainedNetwork
 
 SIZE = 8
@@ -123,7 +123,7 @@ def test_the_result_is_a_function_of_the_seed(planted):
 def test_streaming_learns_exactly_as_resident(planted, monkeypatch):
     train, test = guesses(40, seed=2), guesses(200, seed=3)
     resident = probed(planted, train, test, epochs=1)
-    monkeypatch.setattr(layers, "decide_resident", lambda setting, nbytes: False)
+    monkeypatch.setattr(layerwise, "decide_resident", lambda setting, nbytes: False)
     assert probed(planted, train, test, epochs=1) == resident
 
 
@@ -211,12 +211,12 @@ def test_pooling_is_torchs_adaptive_max_pool(height, width, side):
             top, left = int(np.floor(i * height / rows)), int(np.floor(j * width / columns))
             bottom, right = int(np.ceil((i + 1) * height / rows)), int(np.ceil((j + 1) * width / columns))
             expected[:, i, j] = x[:, top:bottom, left:right].max((1, 2))
-    np.testing.assert_array_equal(layers.adaptive_max_pool(jnp.asarray(x), side), expected)
+    np.testing.assert_array_equal(layerwise.adaptive_max_pool(jnp.asarray(x), side), expected)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(96, 10), (256, 6), (384, 5), (64, 12), (9600, 1), (20_000, 1)])
 def test_the_side_is_the_largest_that_keeps_9600_values(channels, side):
-    assert layers.pooled_side(channels) == side
+    assert layerwise.pooled_side(channels) == side
     assert channels * (side + 1) ** 2 > 9600
 
 
@@ -234,7 +234,7 @@ def test_alexnets_layers_have_their_names_and_the_published_sizes(name, stem, si
     probe = LayerProbe(spec, size, 1, 0, mesh_of(1))
     found = jax.eval_shape(probe.layers, variables, jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32))
     assert [x.shape for x in found] == [(4, *shape) for shape in shapes]
-    assert layers.layer_names(spec, len(found)) == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc7"]
+    assert layerwise.layer_names(spec, len(found)) == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc7"]
 
 
 def test_a_half_precision_network_is_judged_in_full(planted):
@@ -277,7 +277,7 @@ def test_two_steps_are_batch_norm_linear_layer_and_sgd():
         part(("kernel", "kernel velocity"), ("bias", "bias velocity")),
         part(("mean", "mean"), ("var", "var")),
     )
-    advance = jax.jit(layers.advance)
+    advance = jax.jit(layerwise.advance)
     for _ in range(2):
         given = [2 + 3 * rng.normal(size=(batch, *shape)) for shape in shapes]
         label = rng.integers(0, classes, batch)
@@ -326,7 +326,7 @@ def test_the_learning_rate_drops_at_the_same_shares_of_any_length(epochs):
     per_epoch = 20
     steps = round(epochs * per_epoch)
     expected = [10.0 ** -(2 + sum(36 * step >= after * steps for after in (10, 20, 30))) for step in range(steps)]
-    found = np.asarray(layers.learning_rate(jnp.arange(steps), steps))
+    found = np.asarray(layerwise.learning_rate(jnp.arange(steps), steps))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     if epochs == 36:
         at = [found[per_epoch * epoch] for epoch in (0, 9, 10, 19, 20, 29, 30, 35)]
@@ -338,7 +338,7 @@ def test_the_learning_rate_drops_at_the_same_shares_of_any_length(epochs):
 
 def crops_of(images):
     """Back on the scale of uint8."""
-    crops = jax.jit(layers.mirrored_crops, static_argnums=1)(images, SIZE)
+    crops = jax.jit(layerwise.mirrored_crops, static_argnums=1)(images, SIZE)
     assert crops.dtype == jnp.float32
     return np.round(255 * np.asarray(crops)).astype(np.uint8)
 
