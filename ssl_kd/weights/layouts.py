@@ -6,7 +6,7 @@ the '_' before a number. A projection head stands under 'projection.', which no 
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,7 +181,6 @@ def ignored(name: str, array: np.ndarray) -> bool:
 
 _PARTS = {"backbone": (), "head": ("projection",)}
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_EXCEPTIONS = ((r"^patch_embed\.(weight|bias)$", r"patch_embed.proj.\1"),)
 
 _SQUEEZE = {"se.conv_reduce": "squeeze.conv_reduce", "se.conv_expand": "squeeze.conv_expand"}
 _BLOCKS = {
@@ -196,17 +195,16 @@ _BLOCKS = {
 """A module that tells which kind of timm's blocks it is → the modules of such blocks, in order, and what they are."""
 
 
+def our_name(*path: str) -> str:
+    """Our name of the weight at a path inside a network's part."""
+    *modules, leaf = path
+    name = re.sub(r"_(\d+)(?=[._]|$)", r".\1", ".".join((*modules, _LEAVES.get(leaf, leaf))))
+    return re.sub(r"^patch_embed\.(?!proj\.)", "patch_embed.proj.", name)
+
+
 def our_names(variables: Any) -> dict[str, tuple[str, ...]]:
     """Our name of every weight of a network → its path in {'params', 'batch_stats'}."""
-    found = {}
-    for path in flatten_dict(variables):
-        _, part, *modules, leaf = path
-        joined = ".".join((*_PARTS.get(part, (part,)), *modules, _LEAVES.get(leaf, leaf)))
-        name = re.sub(r"_(\d+)(?=[._]|$)", r".\1", joined)
-        for pattern, replacement in _EXCEPTIONS:
-            name = re.sub(pattern, replacement, name)
-        found[name] = path
-    return found
+    return {our_name(*_PARTS.get(path[1], path[1:2]), *path[2:]): path for path in flatten_dict(variables)}
 
 
 def renamed(names: Iterable[str], layout: Layout) -> dict[str, str]:
@@ -237,14 +235,14 @@ def _renamed_blocks(names: Iterable[str], templates: Mapping[str, str]) -> dict[
     return theirs
 
 
-def to_torch(path: tuple[str, ...], array: Any) -> Any:
+def to_torch(path: Sequence[str], array: Any) -> Any:
     """An array, or its shape alone, as torch lays it out: output features first."""
     if path[-1] == "kernel" and array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
     return array.T if path[-1] in ("kernel", "v", "g") else array
 
 
-def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+def from_torch(path: Sequence[str], array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
     if path[-1] == "kernel" and array.ndim == 4:
         return array.transpose(2, 3, 1, 0)

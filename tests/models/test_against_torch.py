@@ -4,8 +4,6 @@
 WITH_TORCH are checked by their parameter counts alone: all would take too long to compile.
 """
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from conftest import GOLDEN
 from benchmarks.model_fixtures import CLASSES, compute, digest, images, parameter
 from ssl_kd.models import MODELS
 from ssl_kd.models.vit import interpolate_positions
+from ssl_kd.weights.layouts import from_torch, our_name, to_torch
 
 try:
     import torch
@@ -55,22 +54,17 @@ PUBLISHED = {
     "vit_small": 22_050_664,
     "vit_base": 86_567_656,
 }
-LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def torch_name(path) -> str:
-    """The name in torch of a flax path without its collection."""
-    *modules, leaf = (key.key for key in path)
-    name = re.sub(r"_(\d+)(?=[._]|$)", r".\1", ".".join([*modules, LEAVES.get(leaf, leaf)]))
-    return re.sub(r"^patch_embed\.", "patch_embed.proj.", name)
+def keys(path) -> list[str]:
+    """Of a leaf, without its collection."""
+    return [key.key for key in path[1:]]
 
 
 def values(path, leaf):
     """The formula's values of a parameter or statistic in flax's layout."""
-    name, shape = torch_name(path[1:]), leaf.shape
-    if len(shape) == 4:
-        return parameter(name, (shape[3], shape[2], *shape[:2])).transpose(2, 3, 1, 0)
-    return parameter(name, shape[::-1]).T if len(shape) == 2 else parameter(name, shape)
+    shape = to_torch(keys(path), np.broadcast_to(np.float32(0), leaf.shape)).shape
+    return from_torch(keys(path), parameter(our_name(*keys(path)), shape))
 
 
 def fixture(name: str) -> dict[str, np.ndarray]:
@@ -97,7 +91,7 @@ def outputs(name: str, norms) -> dict[str, np.ndarray]:
     with jax.enable_x64(dtype == np.float64):
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
         running, batch, moved = jax.device_get(forward(variables, x))
-    moved = {torch_name(path[1:]): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moved)}
+    moved = {our_name(*keys(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moved)}
     return {
         "eval": np.array([digest(x) for x in (*running.stages, running.pooled, running.logits)]),
         "train": np.array([digest(x) for x in (*batch.stages, batch.pooled, batch.logits)]),
@@ -107,11 +101,11 @@ def outputs(name: str, norms) -> dict[str, np.ndarray]:
     }
 
 
-def test_which_torch_is_compared_with(capsys):
-    with capsys.disabled():
-        print(
-            f"\nbackbones: against what was recorded{f' and against {VERSIONS}' if VERSIONS else ', torch is not here'}"
-        )
+@pytest.fixture(scope="module", autouse=True)
+def which(pytestconfig):
+    """Says what is compared with."""
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nbackbones: against what was recorded{f' and {VERSIONS}' if VERSIONS else ', torch is not here'}")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if VERSIONS or name not in WITH_TORCH])
