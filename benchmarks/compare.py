@@ -2,8 +2,8 @@
 
     python benchmarks/compare.py embedded                          3 seeds, MoCo-v2 and ReKD
     python benchmarks/compare.py cifar10 --source=hf:DIRECTORY     2 seeds, every miner and teacher mode; 2 cores
-    python benchmarks/compare.py methods --source=hf:DIRECTORY     2 seeds, every method, ResNet-18 student; 2 cores
-    python benchmarks/compare.py public-teacher --source=hf:DIRECTORY --teacher=file:efficientnet-lite0-57934424.pth
+    python benchmarks/compare.py methods --source=hf:DIRECTORY --teacher=file:efficientnet-lite0-57934424.pth
+                                                                   1 seed, every method, ResNet-18 student; 2 cores
     python benchmarks/compare.py cifar10-full --source=hf:DIRECTORY    3 seeds, the full set; for an accelerator
 
 Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
@@ -22,10 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 STUDENT = "--config.student.name=resnet18"
 RESNET18 = [STUDENT, "--config.student.stem=small_s2"]
-RESNET50 = "--config.teacher.name=resnet50"
-FROZEN = "--config.teacher.source=workdir:{teacher}"
-LITE0 = ["--config.teacher.source={file}", "--config.teacher.name=tf_efficientnet_lite0"]
-LITE0 += ["--config.teacher.resize=64", "--config.student.dim=0"]
+ONLINE_RESNET50 = ["--config.teacher.name=resnet50", "--config.teacher.stem=small_s2"]
+LITE0 = ["--config.teacher.source={file}", "--config.teacher.name=tf_efficientnet_lite0", "--config.teacher.resize=64"]
+AS_WIDE = "--config.student.dim=0"  # the student's embedding has the teacher's width
 ALONE = ["--config.method.teacher=none", "--config.optim.groups.thead.paths=('student/thead','student/reduce')"]
 
 PROTOCOLS = {
@@ -53,34 +52,23 @@ PROTOCOLS = {
     },
     "methods": {
         "preset": ":cifar10",
-        "seeds": 2,
+        "seeds": 1,
         "set": ["epochs=8.0"],
         "rows": {
             "MoCo-v2": ("moco_v2_resnet18", []),
             "ReSSL": ("ressl_resnet50", [STUDENT]),
-            "ReKD": ("rekd_alexnet", [*RESNET18, RESNET50]),
-            "teacher alone (MoCo-v2)": ("moco_v2_resnet50", ["--config.epochs=24"]),
-            "ReKD, frozen teacher": ("rekd_alexnet", [*RESNET18, FROZEN]),
-            "SEED": ("seed_resnet18", [FROZEN]),
-            "DisCo": ("disco_resnet18", [FROZEN]),
-            "CompRess": ("compress_alexnet", [*RESNET18, FROZEN]),
-            "SimReg": ("simreg_resnet18", [FROZEN]),
-            "BINGO": ("bingo_resnet18", [FROZEN]),
+            "ReKD": ("rekd_alexnet", [*RESNET18, *ONLINE_RESNET50]),
+            "ReKD, frozen teacher": ("rekd_alexnet", [*RESNET18, *LITE0]),
+            "SEED": ("seed_resnet18", [*LITE0, AS_WIDE]),
+            "DisCo": ("disco_resnet18", [*LITE0, AS_WIDE]),
+            "CompRess": ("compress_alexnet", [*RESNET18, *LITE0]),
+            "SimReg": ("simreg_resnet18", LITE0),
+            "BINGO": ("bingo_resnet18", [*LITE0, AS_WIDE]),
             "ResNet-18 alone (MOKD)": ("mokd_resnet18_resnet50", ALONE),
             "ResNet-50 alone (MOKD)": ("mokd_resnet18_resnet50", [*ALONE, "--config.student.name=resnet50"]),
             "MOKD": ("mokd_resnet18_resnet50", []),
         },
         "others": {"MOKD": "teacher_momentum"},
-    },
-    "public-teacher": {
-        "preset": ":cifar10",
-        "seeds": 1,
-        "set": ["epochs=8.0"],
-        "rows": {
-            "MoCo-v2": ("moco_v2_resnet18", []),
-            "SEED": ("seed_resnet18", LITE0),
-            "DisCo": ("disco_resnet18", LITE0),
-        },
     },
     "cifar10-full": {
         "preset": ":cifar10",
@@ -182,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--source", help="data.source, where the preset's is elsewhere")
-    parser.add_argument("--teacher", default="", help="weights of public-teacher, as file:PATH")
+    parser.add_argument("--teacher", default="", help="weights of the frozen teacher of methods, as file:PATH")
     parser.add_argument("--seeds", type=int, help="how many, from 0")
     parser.add_argument("--out", type=Path, help="where the runs live; default runs/<protocol>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config override for every row")

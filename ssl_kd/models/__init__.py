@@ -80,6 +80,8 @@ class NetworkSpec:
       classes: outputs of the backbone's own classifier, which no loss uses; 0 = it has none.
       mean, std: of the RGB values in [0, 1] that the network takes, subtracted and divided by at its entry.
       resize: side that its entry resizes images to, pixels; 0 = it takes them as they come.
+      interpolation: of what resizes images for it, 'bilinear' or 'bicubic'.
+      crop_fraction: side of the centre that it is evaluated on, over an image's shorter side.
       bn_groups: independent batch-norm groups of a batch.
       remat: recompute residual blocks in the backward pass: less memory, about a forward more time.
       dtype: compute dtype; parameters, statistics and embeddings stay float32.
@@ -97,6 +99,8 @@ class NetworkSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     resize: int = 0
+    interpolation: str = "bilinear"
+    crop_fraction: float = 7 / 8
     bn_groups: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
