@@ -67,14 +67,12 @@ class Reference:
       stages: names of the modules whose outputs the stages are.
       size: side of the images, pixels.
       native: side that it is published for.
-      names: makes the model whose names parameters and statistics go by, in the same order; None = its own names.
     """
 
     build: Callable[[int], Any]
     stages: tuple[str, ...]
     size: int = 64
     native: int = 224
-    names: Callable[[int], Any] | None = None
 
 
 @functools.cache
@@ -96,10 +94,11 @@ def references() -> dict[str, Reference]:
         return Reference(lambda size: getattr(torchvision.models, name)(num_classes=CLASSES, **options), stages)
 
     mobile = ("blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6")
-    large = from_timm("mobilenetv3_large_100", *mobile)
-    small = from_timm("mobilenetv3_small_100", "bn1", "blocks.0", "blocks.1", "blocks.3", "blocks.5")
-    large_tv = from_torchvision("mobilenet_v3_large", *(f"features.{i}" for i in (1, 3, 6, 12, 16)), dropout=0)
-    small_tv = from_torchvision("mobilenet_v3_small", *(f"features.{i}" for i in (0, 1, 3, 8, 12)), dropout=0)
+
+    def mobile_tv(name: str, *features: int) -> Reference:
+        return from_torchvision(name, *(f"features.{i}" for i in features), dropout=0)
+
+    small = ("bn1", "blocks.0", "blocks.1", "blocks.3", "blocks.5")
     layers = ("layer1", "layer2", "layer3", "layer4")
     shuffle = ("stage2", "stage3", "stage4", "conv5")
     dinov2 = {"size": 56, "native": 518}
@@ -109,11 +108,11 @@ def references() -> dict[str, Reference]:
         "efficientnet_b0": from_timm("efficientnet_b0", *mobile),
         "efficientnet_b1": from_timm("efficientnet_b1", *mobile),
         "efficientnet_lite0": from_timm("efficientnet_lite0", *mobile),
-        "mobilenet_v2": from_timm("mobilenetv2_100", *mobile),
-        "mobilenet_v3_large": large,
-        "mobilenet_v3_large_tv": dataclasses.replace(large_tv, names=large.build),
-        "mobilenet_v3_small": small,
-        "mobilenet_v3_small_tv": dataclasses.replace(small_tv, names=small.build),
+        "mobilenet_v2": mobile_tv("mobilenet_v2", 1, 3, 6, 13, 17),
+        "mobilenet_v3_large": from_timm("mobilenetv3_large_100", *mobile),
+        "mobilenet_v3_large_tv": mobile_tv("mobilenet_v3_large", 1, 3, 6, 12, 16),
+        "mobilenet_v3_small": from_timm("mobilenetv3_small_100", *small),
+        "mobilenet_v3_small_tv": mobile_tv("mobilenet_v3_small", 0, 1, 3, 8, 12),
         "resnet18": from_torchvision("resnet18", *layers),
         "resnet34": from_torchvision("resnet34", *layers),
         "resnet50": from_torchvision("resnet50", *layers),
@@ -183,10 +182,9 @@ def compute(name: str) -> dict[str, Any]:
     reference = references()[name]
     count = sum(p.numel() for p in reference.build(reference.native).parameters())
     model = reference.build(reference.size)
-    names = (reference.names(reference.size) if reference.names else model).state_dict()
     state = {
-        key: torch.from_numpy(parameter(ours, tuple(value.shape)))
-        for ours, (key, value) in zip(names, model.state_dict().items(), strict=True)
+        key: torch.from_numpy(parameter(key, tuple(value.shape)))
+        for key, value in model.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
     model.load_state_dict(state, strict=False)
@@ -210,7 +208,7 @@ def compute(name: str) -> dict[str, Any]:
         return np.stack([digest(_channels_last(t)) for t in tensors])
 
     fixture = {"count": count, "eval": outputs(train=False), "train": outputs(train=True)}
-    after = dict(zip(names, model.state_dict().values(), strict=True))
+    after = model.state_dict()
     norms = [key.removesuffix(".running_mean") for key in after if key.endswith(".running_mean")]
     norms = norms[:: max(1, len(norms) // 3)]
     moved = [digest(after[f"{norm}.{leaf}"]) for norm in norms for leaf in ("running_mean", "running_var")]

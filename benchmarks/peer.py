@@ -25,6 +25,7 @@ from absl import flags
 from ssl_kd import command
 from ssl_kd.bench import flops_of, seconds_a_call, stepper
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
 from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.recipe import flatten
@@ -80,7 +81,7 @@ class Peer:
         roles = {"trained": method.trained, "frozen": method.frozen}
         networks = {role: c[role].to_dict() | {"stem": run.recipe.specs[role].stem} for role in sum(roles.values(), ())}
         sizes = roles | {"networks": networks, "method": c.method.to_dict(), "augment": c.augment.to_dict()}
-        sizes |= {"image_size": c.image_size, "canvas": run.train.image_shape[0], "images": min(len(run.train), 10_000)}
+        sizes |= {"image_size": c.image_size, "canvas": run.train.canvas[0], "images": min(len(run.train), 10_000)}
         sizes |= {"batch_size": c.batch_size, "lr": c.optim.lr, "weight_decay": c.optim.weight_decay}
         sizes |= {"bfloat16": c.compute_dtype == "bfloat16"}
         script = Path(__file__).with_name("torch_step.py")
@@ -109,7 +110,7 @@ def work(run: Run) -> dict[str, Any]:
     """Of our step, what torch_step.py counts of its own; FLOPs as they are without the CPU's cheaper convolutions."""
     step, rows = TrainStep(run.recipe, run.mesh), np.arange(run.config.batch_size, dtype=np.int32)
     state, frozen = jax.eval_shape(run.create), run.frozen()
-    images = jax.ShapeDtypeStruct((len(rows), *run.train.image_shape), np.uint8)
+    images = Images.whole(np.zeros((len(rows), *run.train.canvas, 3), np.uint8))
     views = jax.eval_shape(lambda images: step.views(0, {"image": images}, rows, None), images)
 
     def learn(state, frozen, views):

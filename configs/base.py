@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.data.source = "embedded"
     c.data.train = "train"  # split; slices as 'train[:10000]' or 'train[:10%]'
     c.data.test = "test"
-    c.data.canvas = 0  # side every image is resized and centre-cropped to on the host, pixels; 0 = keep (all alike)
+    c.data.canvas = 0  # pixels an image's shorter side is reduced to on the host; 0 = 8/7 of the largest view
     c.data.resident = "auto"  # hold the set on the device: 'auto' (if it fits) | 'on' | 'off'
     c.data.workers = 0  # processes that decode; 0 = threads only
 
@@ -73,11 +73,12 @@ def network(name: str, **changes) -> ConfigDict:
     c.thead = 0  # width of MOKD's T-Head; 0 = none
     c.drop_path = 0.0  # stochastic depth, where there is such: probability of skipping the last block, less for others
     c.source = "init"  # where its weights come from; other sources set name, width and stem, of a frozen one the head
-    c.mean = config_dict.placeholder(
-        tuple
-    )  # of RGB in [0, 1], subtracted at its entry; None = the source's, ImageNet's
-    c.std = config_dict.placeholder(tuple)  # divided by; as mean
+    # What it takes; None = as its source, without one ImageNet's mean and std, bilinear, 7 / 8.
+    c.mean = config_dict.placeholder(tuple)  # of RGB in [0, 1], subtracted at its entry
+    c.std = config_dict.placeholder(tuple)  # divided by
     c.resize = 0  # side that its entry resizes views to, pixels; 0 = as its source, else as they come
+    c.interpolation = config_dict.placeholder(str)  # of that, and of what it is evaluated on: 'bilinear' | 'bicubic'
+    c.crop_fraction = config_dict.placeholder(float)  # of an image's shorter side: the centre it is evaluated on
     c.update(changes)
     return c
 
@@ -125,7 +126,7 @@ def apply_preset(c: ConfigDict, preset: str) -> None:
         raise ValueError(f"preset {preset!r} is unknown: choose one of {', '.join(p or 'none' for p in presets)}")
     c.preset = preset
     if preset == "imagenet":
-        c.data.update(source="tfds:imagenet2012", test="validation", canvas=256, workers=16)
+        c.data.update(source="tfds:imagenet2012", test="validation", workers=16)
         c.compute_dtype = "bfloat16"
         return
     c.epochs, c.image_size, c.batch_size = 10.0, 28, 128

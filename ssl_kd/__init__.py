@@ -1,8 +1,9 @@
 """Self-supervised knowledge distillation of lightweight vision models.
 
-The rooms: `methods` (one paper, one file), `losses`, `memory`, `models`, `augment` (views on the device), `data`
-(uint8 batches by step number), `optim`, `state`, `step` (the one compiled graph), `recipe` (config → objects),
-`train` (the loop), `checkpoint`, `probes` (kNN, linear, health), `trained` (networks of a finished run), `log`.
+The rooms: `methods` (one paper, one file), `losses`, `memory`, `models`, `images` (of many sizes in one array),
+`augment` (views on the device), `data` (uint8 batches by step number), `optim`, `state`, `step` (the one compiled
+graph), `recipe` (config → objects), `train` (the loop), `checkpoint`, `probes` (kNN, linear, health), `trained`
+(networks of a finished run), `log`.
 
     apply, params = ssl_kd.load("runs/rekd_alexnet")
     features = apply(params, images)  # uint8 (B, H, W, 3) → float32 (B, D)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images, resample_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +78,11 @@ _CROP, _FLIP, _JITTER, _GRAYSCALE, _BLUR, _SOLARIZE = range(6)
 _CROP_TRIES = 10  # torchvision's
 
 
-def augment(images: Array, keys: Array, order_key: Array, spec: Augmentation, size: int) -> Array:
+def augment(images: Images, keys: Array, order_key: Array, spec: Augmentation, size: int) -> Array:
     """One view per image.
 
     Args:
-      images: uint8 RGB (B, H, W, 3).
+      images: B of them; a view sees its own image alone, as if its canvas ended with it.
       keys: (B,) typed PRNG keys; row i alone decides the view of image i, whatever stands beside it.
       order_key: one typed PRNG key for the order of the jitter operations, shared by the batch (torchvision draws an
         order per image).
@@ -94,22 +95,23 @@ def augment(images: Array, keys: Array, order_key: Array, spec: Augmentation, si
     Raises:
       TypeError: images are not uint8 (floats in [0, 1] would come out black).
     """
-    if images.dtype != jnp.uint8:
-        raise TypeError(f"augment takes uint8 images, not {images.dtype}")
+    if images.pixels.dtype != jnp.uint8:
+        raise TypeError(f"augment takes uint8 images, not {images.pixels.dtype}")
     return jax.vmap(functools.partial(_view, order_key=order_key, spec=spec, size=size))(images, keys)
 
 
-def _view(image: Array, key: Array, order_key: Array, spec: Augmentation, size: int) -> Array:
-    """(H, W, 3) uint8 -> (size, size, 3) float32."""
-    height, width, _ = image.shape
+def _view(image: Images, key: Array, order_key: Array, spec: Augmentation, size: int) -> Array:
+    """One image -> (size, size, 3) float32."""
+    height, width = image.size.astype(jnp.float32)
+    canvas_height, canvas_width = image.canvas
     crop_draws = _uniform(key, _CROP, 2 * _CROP_TRIES + 2)
     top, left, box_height, box_width = crop_box(crop_draws, height, width, spec)
-    rows = resample_weights(top, box_height, height, size)
-    columns = resample_weights(left, box_width, width, size)
+    rows = resample_weights(top, box_height, height, canvas_height, size)
+    columns = resample_weights(left, box_width, width, canvas_width, size)
     if spec.flip:
         columns = jnp.where(_happens(key, _FLIP, spec.flip), columns[::-1], columns)
     # The values stay 0..255 until after the products: they are exact even where a product rounds to bfloat16.
-    planes = _both_ways(rows, jnp.moveaxis(image, -1, 0).astype(jnp.float32), columns) / 255
+    planes = _both_ways(rows, jnp.moveaxis(image.pixels, -1, 0).astype(jnp.float32), columns) / 255
 
     if spec.jitter:
         planes = _jitter(planes, _uniform(key, _JITTER, 5), order_key, spec)
@@ -139,7 +141,9 @@ def _both_ways(rows: Array, planes: Array, columns: Array) -> Array:
     return jnp.einsum("csw,tw->cst", jnp.einsum("sh,chw->csw", rows, planes), columns)
 
 
-def crop_box(draws: Array, height: int, width: int, spec: Augmentation) -> tuple[Array, Array, Array, Array]:
+def crop_box(
+    draws: Array, height: Array | float, width: Array | float, spec: Augmentation
+) -> tuple[Array, Array, Array, Array]:
     """torchvision's RandomResizedCrop.get_params: a random box of whole pixels inside an image of (height, width).
 
     The first of ten candidates that fits; when none does, the largest centred box whose ratio is allowed.
@@ -161,33 +165,13 @@ def crop_box(draws: Array, height: int, width: int, spec: Augmentation) -> tuple
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
     first = fits & (jnp.cumsum(fits) == 1)
     any_fits = jnp.any(fits)
-    central_height = min(height, round(width / low_ratio))
-    central_width = min(width, round(height * high_ratio))
+    central_height = jnp.minimum(height, jnp.round(width / low_ratio))
+    central_width = jnp.minimum(width, jnp.round(height * high_ratio))
     box_height = jnp.where(any_fits, jnp.sum(jnp.where(first, heights, 0)), central_height)
     box_width = jnp.where(any_fits, jnp.sum(jnp.where(first, widths, 0)), central_width)
-    top = jnp.where(any_fits, jnp.floor(place_draws[0] * (height - box_height + 1)), (height - central_height) // 2)
-    left = jnp.where(any_fits, jnp.floor(place_draws[1] * (width - box_width + 1)), (width - central_width) // 2)
+    top = jnp.floor(jnp.where(any_fits, place_draws[0] * (height - box_height + 1), (height - central_height) / 2))
+    left = jnp.floor(jnp.where(any_fits, place_draws[1] * (width - box_width + 1), (width - central_width) / 2))
     return top, left, box_height, box_width
-
-
-def resample_weights(start: Array | float, length: Array | float, in_size: int, out_size: int) -> Array:
-    """The antialiased bilinear resize of Pillow's `Image.resize(box=…, resample=BILINEAR)`, along one axis.
-
-    A triangle whose support grows with the scale when the box is shrunk. As in Pillow, the pixels next to the box take
-    part in its border (torchvision cuts the box out first and renormalises there).
-
-    Args:
-      start, length: the box along this axis, in pixels of the input; 0 <= start, start + length <= in_size.
-      in_size, out_size: pixels of the input and of the output.
-
-    Returns:
-      float32 (out_size, in_size), rows that sum to 1: output = weights @ input.
-    """
-    scale = length / out_size
-    centres = start + (jnp.arange(out_size, dtype=jnp.float32) + 0.5) * scale
-    pixels = jnp.arange(in_size, dtype=jnp.float32) + 0.5
-    weights = jnp.maximum(0, 1 - jnp.abs(pixels[None, :] - centres[:, None]) / jnp.maximum(scale, 1))
-    return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def blur_matrix(sigma: Array | float, sigma_max: float, size: int) -> Array:

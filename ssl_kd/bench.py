@@ -25,6 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.models.layers import Features
 from ssl_kd.state import State, abstract
@@ -131,9 +132,9 @@ def copy_rate(megabytes: int = 256, budget: float = 0.5) -> float:
     return 2 * a.nbytes / seconds_a_call(partial(_increment, a), budget)
 
 
-def step_parts(step: TrainStep, state: State, frozen: Any, images: jax.Array) -> dict[str, Part]:
-    """Name → piece of a step whose micro-batches are these images, uint8 (B / accum, H, W, 3)."""
-    r, count = step.recipe, images.shape[0]
+def step_parts(step: TrainStep, state: State, frozen: Any, images: Images) -> dict[str, Part]:
+    """Name → piece of a step whose micro-batches are these B / accum images."""
+    r, count = step.recipe, len(images)
     rows = jnp.arange(count, dtype=jnp.int32)
     batch = step.shard({"index": rows, "label": jnp.zeros_like(rows)})
     order = rows[::-1] if r.shuffle_keys else None
@@ -263,7 +264,7 @@ def compile_seconds(run: Run) -> tuple[float, float]:
 
 def host_rate(run: Run) -> float | None:
     """Images/s that the host reads, decodes and hands to the devices; None where it sends only row numbers."""
-    if run.resident:
+    if run.resident != "streamed":
         return None
     ready = 3 * (run.config.data.workers + 1)  # batches that were prefetched before the clock starts
     with closing(run.loader(any_bags(run)).batches(0, sys.maxsize >> 1)) as batches:
@@ -301,8 +302,8 @@ def bench(run: Run, budget: float) -> dict[str, Any]:
     whole, _ = stepper(run).compile(run.mesh)
     jax.block_until_ready(whole())
     peak = peak_bytes()
-    images = np.zeros((c.batch_size // c.optim.accum, *run.train.image_shape), np.uint8)
-    images = jax.device_put(images, NamedSharding(run.mesh, PartitionSpec("data")))
+    pixels = np.zeros((c.batch_size // c.optim.accum, *run.train.canvas, 3), np.uint8)
+    images = jax.device_put(Images.whole(pixels), NamedSharding(run.mesh, PartitionSpec("data")))
     parts = step_parts(step, run.create_now(), run.frozen(), images)
     compiled = {name: part.compile(run.mesh) for name, part in parts.items()}
     share = budget / ROUNDS / (len(parts) + 3)

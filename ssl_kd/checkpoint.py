@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from ssl_kd.errors import UserError
+from ssl_kd.errors import UserError, reason
 from ssl_kd.state import State
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # orbax reports every save at INFO
@@ -65,10 +65,10 @@ class Checkpoints:
         try:
             return self._orbax.load(step, abstract)
         except Exception as error:  # orbax, tensorstore and json raise many kinds for a damaged file
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"checkpoint {self.directory / str(step)} cannot be read ({reason}): if it is damaged, delete that "
-                "folder to go on from the one before it; if it was written by another version, use that one."
+                f"checkpoint {self.directory / str(step)} cannot be read ({reason(error)[:200]}): "
+                "if it is damaged, delete that folder to go on from the one before it; if it was written by another "
+                "version, use that one."
             ) from error
 
     def save(self, step: int, state: State) -> None:

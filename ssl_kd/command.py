@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from ssl_kd.checkpoint import session, write_json
 from ssl_kd.errors import UserError
 from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
+from ssl_kd.trained import FROM_WORKDIR
 
 CUDA_INSTALL = 'pip install -U "jax[cuda12]>=0.10,<0.11"'
 
@@ -41,6 +42,13 @@ def define_config() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file(
         "config", None, "Recipe, as configs/rekd_alexnet.py or …py:cifar10; keys: configs/base.py."
     )
+
+
+def network_source(workdir: str | None, weights: str | None) -> str:
+    """The source, as `load_source` takes it, of what --workdir or --weights names; UserError unless it is one."""
+    if bool(workdir) == bool(weights):
+        raise UserError("give either --workdir=DIR, a run, or --weights=file:PATH, weights of others.")
+    return weights or f"{FROM_WORKDIR}{workdir}"
 
 
 def write_figures(path: str | None, figures: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""The one exception a user's mistake raises, and what it quotes of others."""
 
 
 class UserError(Exception):
@@ -6,3 +6,9 @@ class UserError(Exception):
 
     Launchers print the sentence and exit with status 2; anything else that escapes is a bug and keeps its traceback.
     """
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says, for a sentence of ours."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]

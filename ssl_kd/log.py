@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -74,15 +75,22 @@ class Metrics:
         self._board.close()
 
 
-class Bar:
-    """Step, images/s, time left, loss and latest kNN: a live bar on a terminal, a line every few seconds elsewhere."""
+class Meter:
+    """How far long work is, what is said of it, and the time left: a live bar on a terminal, a line every few seconds
+    elsewhere.
+
+    Args:
+      total, start: how much there is to do in all, and how much is done already.
+      unit: what is counted.
+      said: what is said until the first is done.
+    """
 
     LINE_SECONDS = 10.0
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int, unit: str, said: str):
         self._live = console.is_terminal
         self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
+            TextColumn(f"{unit} {{task.completed:,}}/{{task.total:,}}"),
             BarColumn(),
             TextColumn("{task.fields[said]}"),
             TimeElapsedColumn(),
@@ -92,26 +100,38 @@ class Bar:
             console=console,
             disable=not self._live,
         )
-        self._task = self._progress.add_task("train", total=total, completed=start, said="compiling the step …")
-        self._total, self._start, self._began, self._line = total, start, time.monotonic(), 0.0
+        self._task = self._progress.add_task(unit, total=total, completed=start, said=said)
+        self._total, self._unit, self._line = total, unit, 0.0
+        self._first = f"{unit} {start:,}/{total:,} · {said}"
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         self._progress.start()
         if not self._live:
-            print(f"step {self._start}/{self._total} · compiling the step …", flush=True)
+            print(self._first, flush=True)
         return self
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
+
+    def show(self, done: int, said: str, seconds_left: float) -> None:
+        """NaN seconds: unknown yet."""
+        if self._live:
+            self._progress.update(self._task, completed=done, said=said)
+        elif time.monotonic() - self._line > self.LINE_SECONDS or done == self._total:
+            self._line = time.monotonic()
+            left = "" if math.isnan(seconds_left) else f" · {seconds_left / 60:.1f} min left"
+            print(f"{self._unit} {done:,}/{self._total:,} · {said}{left}", flush=True)
+
+
+class Bar(Meter):
+    """Step, images/s, time left, loss and latest kNN of a run."""
+
+    def __init__(self, total: int, start: int):
+        super().__init__(total, start, "step", "compiling the step …")
 
     def update(self, step: int, *, images_per_second: float, seconds_left: float, loss: float, knn: float) -> None:
         speed = "" if math.isnan(images_per_second) else f"{images_per_second:,.0f} images/s · "
         said = f"{speed}loss {loss:.3f}"
         if not math.isnan(knn):
             said += f" · kNN {100 * knn:.1f} %"
-        if self._live:
-            self._progress.update(self._task, completed=step, said=said)
-        elif time.monotonic() - self._line > self.LINE_SECONDS or step == self._total:
-            self._line = time.monotonic()
-            left = "" if math.isnan(seconds_left) else f" · {seconds_left / 60:.1f} min left"
-            print(f"step {step}/{self._total} · {said}{left}", flush=True)
+        self.show(step, said, seconds_left)

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from ssl_kd.augment import PRESETS, Augmentation
 from ssl_kd.data.bags import require_neighbours
+from ssl_kd.data.sources import SHORT_OVER_VIEW
 from ssl_kd.errors import UserError
+from ssl_kd.images import INTERPOLATIONS
 from ssl_kd.methods import METHODS, Method, View
 from ssl_kd.models import HEADS, IMAGENET_MEAN, IMAGENET_STD, MODELS, NetworkSpec, init_network
 from ssl_kd.optim import Group, Ramp, make_optimizer, warmup_cosine, warmup_stairs
@@ -124,6 +126,11 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     mean, std = tuple(c.mean or IMAGENET_MEAN), tuple(c.std or IMAGENET_STD)
     if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
         raise UserError(f"{role}.mean and {role}.std must hold three numbers, of std above 0: see configs/base.py.")
+    interpolation = c.interpolation or NetworkSpec.interpolation
+    one_of(f"{role}.interpolation", interpolation, INTERPOLATIONS)
+    crop_fraction = NetworkSpec.crop_fraction if c.crop_fraction is None else c.crop_fraction
+    if not 0 < crop_fraction <= 1:
+        raise UserError(f"{role}.crop_fraction={crop_fraction} must be above 0 and at most 1, the whole image.")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
     heads = max(1, c.thead // 64)
@@ -143,6 +150,8 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         mean=mean,
         std=std,
         resize=c.resize,
+        interpolation=interpolation,
+        crop_fraction=crop_fraction,
         bn_groups=config.bn_groups,
         remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
@@ -335,6 +344,12 @@ def check_views(recipe: Recipe) -> None:
                     f"{name}.name={recipe.specs[name].name!r} with the {recipe.specs[name].stem} stem takes: use "
                     f"{backbone.min_size} px or more."
                 )
+
+
+def short_side(config: ConfigDict) -> int:
+    """Pixels that an image's shorter side is reduced to on the host: `data.canvas`, else 8/7 of the largest view."""
+    largest = max(view.size or config.image_size for view in make_method(config).views.values())
+    return config.data.canvas or round(SHORT_OVER_VIEW * largest)
 
 
 def one_of(key: str, value: Any, choices: Any) -> None:

@@ -43,12 +43,13 @@ def estimate(run: Run) -> None:
     flops = flops_of(run.train_step().trace(state, run.frozen(), batch, data).jaxpr)
     rate = run.mesh.size * matmul_rate(jnp.dtype(c.compute_dtype))
     seconds = r.total_steps * flops / (rate * ASSUMED_UTILISATION)
+    height, width = run.train.canvas
     rows = {
-        "images": f"{len(run.train):,} × {run.train.image_shape}, {r.steps_per_epoch} steps an epoch",
+        "images": f"{len(run.train):,} on a canvas of {height} × {width} px, {r.steps_per_epoch} steps an epoch",
         "steps": f"{r.total_steps:,} of {c.batch_size} images",
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
-        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident" if data else "streamed by the host",
+        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident, {run.resident}" if data else "streamed by the host",
         "compute": f"{flops / 1e9:,.1f} GFLOP a step in matrix products and convolutions",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
         f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",

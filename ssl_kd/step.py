@@ -13,15 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.augment import augment
 from ssl_kd.data.bags import mates
+from ssl_kd.data.resident import Resident
 from ssl_kd.methods import Context
 from ssl_kd.models import Networks
 from ssl_kd.optim import moving_average
 from ssl_kd.recipe import Recipe
 from ssl_kd.state import State, stream
 
-Batch = Mapping[str, jax.Array]
-"""'index' (B,) int32; and unless the data set is resident, 'image' (B, H, W, 3) uint8, 'label' (B,) int32, and for a
-method with mates, 'mate' (B, H, W, 3) uint8."""
+Batch = Mapping[str, Any]
+"""'index' (B,) int32; and unless the data set is resident, 'image', B `Images`, 'label' (B,) int32, and for a method
+with mates 'mate', B `Images`."""
 
 
 def crop_keys(keys: jax.Array, count: int) -> jax.Array:
@@ -38,7 +39,7 @@ def all_finite(tree: Any) -> jax.Array:
 class TrainStep:
     """train_step(state, frozen, batch, data) -> (state, metrics): pure, traced once, run with the state donated.
 
-    `frozen` holds the variables of `method.frozen`; `data` the resident arrays, or None. Metrics are float32 scalars.
+    `frozen` holds the variables of `method.frozen`; `data` the resident set, or None. Metrics are float32 scalars.
 
     A step whose loss, gradients or pushed embeddings are not finite keeps the old state and is counted. Once more than
     `max_nonfinite` were refused, the state halts altogether: reading metrics lags behind the device, and so the state
@@ -53,12 +54,12 @@ class TrainStep:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=(replicated, replicated))
 
-    def __call__(self, state: State, frozen, batch: Batch, data) -> tuple[State, dict[str, jax.Array]]:
+    def __call__(self, state: State, frozen, batch: Batch, data: Resident | None) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
             index = batch["index"]
-            batch = {"image": data["image"][index], "label": data["label"][index], "index": index}
-            if "bag" in data:
-                batch["mate"] = data["image"][mates(data["bag"], index, self.recipe.seed, state.step)]
+            batch = {"image": data.take(index), "label": data.label[index], "index": index}
+            if data.bag is not None:
+                batch["mate"] = data.take(mates(data.bag, index, self.recipe.seed, state.step))
             batch = self.shard(batch)
         several = self.recipe.accum > 1
         outcome, grads = self.accumulate(state, frozen, batch) if several else self.micro(state, frozen, batch, 0)
@@ -127,7 +128,7 @@ class TrainStep:
         return (loss, (push, metrics, stats)), grads
 
     def views(self, step: jax.Array, batch: Batch, row: jax.Array, order: jax.Array | None):
-        """Name → float32 view of uint8 images, as `View` has it; `row` numbers the images within the whole batch."""
+        """Name → float32 view of the images, as `View` has it; `row` numbers them within the whole batch."""
         views = {}
         for name, view in self.recipe.method.views.items():
             source, number = batch[view.source], row

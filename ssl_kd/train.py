@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,15 +21,17 @@ from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
 from ssl_kd.data.bags import load_or_mine
-from ssl_kd.data.loader import Loader, decide_resident
+from ssl_kd.data.loader import Loader
+from ssl_kd.data.resident import Residence, Resident, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.log import Bar, Metrics, console
-from ssl_kd.models import MODELS
+from ssl_kd.models import MODELS, NetworkSpec
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.judge import Judge, labelled
-from ssl_kd.recipe import Recipe, identity, make_method, make_recipe, one_of
+from ssl_kd.recipe import Recipe, identity, make_method, make_recipe, one_of, short_side
 from ssl_kd.state import State, abstract, create_state
 from ssl_kd.step import TrainStep
 from ssl_kd.trained import BACKBONE, ENTRY, FROM_WORKDIR, HEAD, TrainedNetwork, at_image_size, load_source
@@ -41,7 +43,12 @@ IN_FLIGHT = 3
 
 @dataclasses.dataclass
 class Run:
-    """A checked recipe with its data and devices, ready to be described or trained."""
+    """A checked recipe with its data and devices, ready to be described or trained.
+
+    Attributes:
+      pretrained: networks that were read from a source, by role.
+      recalled: digests of weights that trained networks started from, where a begun run goes on without their source.
+    """
 
     config: ConfigDict
     workdir: Path
@@ -50,6 +57,7 @@ class Run:
     train: Source
     test: Source
     pretrained: Mapping[str, TrainedNetwork]
+    recalled: Mapping[str, str]
 
     @property
     def replicated(self) -> NamedSharding:
@@ -58,10 +66,11 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """What makes this run this run; written to run.json."""
-        digests = {f"{role}.digest": network.digest for role, network in self.pretrained.items()}
+        digests = {**self.recalled, **{role: network.digest for role, network in self.pretrained.items()}}
+        weights = {f"{role}.digest": digest for role, digest in digests.items()}
         return {
             "config": self.config.to_dict(),
-            "identity": identity(self.config) | {"images": len(self.train)} | digests,
+            "identity": identity(self.config) | {"images": len(self.train)} | weights,
             "images": len(self.train),
         }
 
@@ -92,9 +101,11 @@ class Run:
         return TrainStep(self.recipe, self.mesh).jit()
 
     @functools.cached_property
-    def resident(self) -> bool:
-        """Decided once: what is free on the device changes when the data is there."""
-        return decide_resident(self.config.data.resident, len(self.train) * math.prod(self.train.image_shape))
+    def resident(self) -> Residence:
+        """Decided once, and said: what is free on the device changes when the data is there."""
+        resident, why = decide_resident(self.config.data.resident, self.train.nbytes, self.mesh.size)
+        console.print(why)
+        return resident
 
     @property
     def bag_size(self) -> int:
@@ -123,8 +134,8 @@ class Run:
             features,
             images=len(self.train),
             neighbours=self.bag_size,
-            data=f"{c.data.source} {c.data.train}, canvas {c.data.canvas}, image_size {c.image_size}, teacher's entry "
-            + ", ".join(str(c.teacher[key]) for key in ENTRY),
+            data=f"{c.data.source} {c.data.train}, canvas {self.train.short}, image_size {c.image_size}, "
+            "teacher's entry " + ", ".join(str(c.teacher[key]) for key in ENTRY),
             teacher=teacher.digest,
             progress=lambda done, total: console.print(f"mining: {done:,} of {total:,} images"),
         )
@@ -142,21 +153,28 @@ class Run:
             bags=bags,
         )
 
-    def abstract_inputs(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def abstract_inputs(self) -> tuple[dict[str, Any], Resident | None]:
         """Shapes of a batch and of the resident data, as the loader would give them."""
+        sharded, whole = NamedSharding(self.mesh, PartitionSpec("data")), self.replicated
 
-        def rows(count: int, sharding: NamedSharding, *images: str) -> dict[str, Any]:
-            image = jax.ShapeDtypeStruct((count, *self.train.image_shape), np.uint8, sharding=sharding)
-            label = jax.ShapeDtypeStruct((count,), np.int32, sharding=sharding)
-            return {**dict.fromkeys(images, image), "label": label}
+        def numbers(sharding: NamedSharding, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
 
-        sharded, count = NamedSharding(self.mesh, PartitionSpec("data")), len(self.train)
-        index = {"index": jax.ShapeDtypeStruct((self.config.batch_size,), np.int32, sharding=sharded)}
-        if self.resident:
-            bag = jax.ShapeDtypeStruct((count, self.bag_size), np.int32, sharding=self.replicated)
-            return index, rows(count, self.replicated, "image") | ({"bag": bag} if self.bag_size else {})
-        images = ("image", "mate") if self.bag_size else ("image",)
-        return index | rows(self.config.batch_size, sharded, *images), None
+        def images(sharding: NamedSharding, count: int) -> Images:
+            pixels = jax.ShapeDtypeStruct((count, *self.train.canvas, 3), np.uint8, sharding=sharding)
+            return Images(pixels, numbers(sharding, count, 2))
+
+        count, batch_size = len(self.train), self.config.batch_size
+        batch: dict[str, Any] = {"index": numbers(sharded, batch_size)}
+        if self.resident == "streamed":
+            names = ("image", "mate") if self.bag_size else ("image",)
+            batch |= dict.fromkeys(names, images(sharded, batch_size))
+            return batch | {"label": numbers(sharded, batch_size)}, None
+        bag = numbers(whole, count, self.bag_size) if self.bag_size else None
+        if self.resident == "replicated":
+            return batch, Resident(images(whole, count), numbers(whole, count), bag)
+        padded = count + -count % self.mesh.size
+        return batch, Resident(images(sharded, padded), numbers(whole, count), bag, split_over=self.mesh)
 
 
 def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Run:
@@ -171,17 +189,24 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
     config = config.copy_and_resolve_references()
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    train = open_source(config.data.source, config.data.train, config.data.canvas)
-    test = open_source(config.data.source, config.data.test, config.data.canvas)
+    train = open_source(config.data.source, config.data.train, short_side(config))
+    test = open_source(config.data.source, config.data.test, short_side(config))
     sources = {role: config.get(role, {}).get("source", "init") for role in ("student", "teacher")}
     if sources["teacher"] != "init" and config.method.name == "rekd" and config.method.teacher == "online":
         config.method.teacher = "frozen"
         console.print("teacher.source is set, so the teacher is used frozen (method.teacher='frozen').")
     trained = make_method(config).trained
-    pretrained = {}
+    pretrained, recalled = {}, {}
     for role, source in sources.items():
         if source != "init":
-            pretrained[role] = adopt(config, role, source, trained=role in trained)
+            try:
+                pretrained[role] = adopt(config, role, source, trained=role in trained)
+            except UserError:
+                digest = recall(config, role, workdir) if role in trained else ""
+                if not digest:
+                    raise
+                recalled[role] = digest
+                console.print(f"{role}: {source} cannot be read; its weights are in the checkpoint of the run.")
     recipe = make_recipe(config, len(train))
     for role in recipe.method.frozen:
         if role not in pretrained and not untrained:
@@ -197,9 +222,11 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
         raise UserError(f"{unused[0]}.source is set, but this method has no network {unused[0]!r}: remove the setting.")
     for role, network in pretrained.items():
         expected = jax.eval_shape(lambda role=role: recipe.initial(role))
-        if any(getattr(network.spec, key) != getattr(recipe.specs[role], key) for key in HEAD):
+        spec = recipe.specs[role]
+        if not same_heads(spec, expected, network):
             network = pretrained[role] = with_new_heads(network, jax.jit(recipe.initial, static_argnums=0)(role))
-            console.print(f"{role}: its {recipe.specs[role].head} head is not that of the weights, and starts anew.")
+            anew = f"its {spec.head} head is not that of the weights, and starts anew"
+            console.print(f"{role}: {anew if spec.head != 'none' else 'the head of the weights is not used'}.")
         if jax.tree.map(jnp.shape, network.variables) != jax.tree.map(jnp.shape, expected):
             raise UserError(
                 f"{role}.source was trained at image_size={network.image_size}, which fixes the shape of its weights, "
@@ -211,7 +238,7 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
             f"batch_size={config.batch_size} over optim.accum={config.optim.accum} gives {micro} images, not divisible "
             f"by the {devices} devices: use a multiple of {devices * config.optim.accum}."
         )
-    return Run(config, workdir, mesh, recipe, train, test, pretrained)
+    return Run(config, workdir, mesh, recipe, train, test, pretrained, recalled)
 
 
 def adopt(config: ConfigDict, role: str, source: str, *, trained: bool) -> TrainedNetwork:
@@ -229,11 +256,49 @@ def adopt(config: ConfigDict, role: str, source: str, *, trained: bool) -> Train
             "hf:OWNER/REPOSITORY/FILE."
         )
     one_of(f"{role}.name", config[role].name, MODELS)
-    found = load_source(source, config[role].name)
-    config[role].update({key: getattr(found.spec, key) for key in (*BACKBONE, *(() if trained else HEAD))})
-    config[role].update({key: getattr(found.spec, key) for key in ENTRY if not config[role][key]})
-    console.print(f"{role}: {found.role}, from {source}.")
+    try:
+        found = load_source(source, config[role].name)
+    except UserError as error:
+        why = "" if trained else ", which a frozen network needs whenever its run goes on"
+        raise UserError(f"{role}.source{why}: {error}") from error
+    agree(config, role, dataclasses.asdict(found.spec), (*BACKBONE, *(() if trained else HEAD)))
+    console.print(f"{role}: {found.description}, from {source}.")
     return at_image_size(found, config[role].resize or config.image_size)
+
+
+def recall(config: ConfigDict, role: str, workdir: Path) -> str:
+    """The digest of the weights that a network of the run in `workdir` started from, and its config made to agree.
+
+    '' unless the run took them from the same source, and has gone on from there to a checkpoint or to results.
+    """
+    try:
+        record = read_json(workdir / "run.json")
+        there, digest = record["config"][role], record["identity"][f"{role}.digest"]
+        with closing(Checkpoints(workdir)) as checkpoints:
+            begun = checkpoints.latest is not None or (workdir / "results.json").exists()
+        if not begun or there["source"] != config[role].source:
+            return ""
+        agree(config, role, there, BACKBONE)
+    except (KeyError, TypeError, UserError):
+        return ""
+    return digest
+
+
+def agree(config: ConfigDict, role: str, given: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Sets keys of a network to what comes with its weights, and those of its entry that nobody set."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}  # of a run.json
+    config[role].update({key: given[key] for key in keys})
+    config[role].update({key: given[key] for key in ENTRY if not config[role][key]})
+
+
+def same_heads(spec: NetworkSpec, expected: dict[str, Any], network: TrainedNetwork) -> bool:
+    """Whether a network has the heads of `spec`, whose variables are `expected`. Widths count, as 0 has a meaning."""
+
+    def shapes(variables: dict[str, Any]) -> Any:
+        return jax.tree.map(jnp.shape, {name: tree.get("head", {}) for name, tree in variables.items()})
+
+    kinds = (network.spec.head, network.spec.thead) == (spec.head, spec.thead)
+    return kinds and shapes(network.variables) == shapes(expected)
 
 
 def with_new_heads(network: TrainedNetwork, initial: dict[str, Any]) -> TrainedNetwork:

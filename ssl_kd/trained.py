@@ -1,7 +1,7 @@
 """Trained networks out of work directories and files: teachers, first weights, probes, and `ssl_kd.load`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, array_digest, read_json
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.models import NetworkSpec
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.models.vit import interpolate_positions
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import abstract, create_state
-from ssl_kd.weights.files import FROM_FILE, FROM_HUB, locate, read_network, split_source
+from ssl_kd.weights.files import FROM_FILE, FROM_HUB, read_source
 from ssl_kd.weights.layouts import LAYOUTS
 
 FROM_WORKDIR = "workdir:"
 
-BACKBONE, HEAD, ENTRY = ("name", "width", "stem"), ("head", "head_hidden", "dim", "thead"), ("mean", "std", "resize")
+BACKBONE, HEAD = ("name", "width", "stem"), ("head", "head_hidden", "dim", "thead")
+ENTRY = ("mean", "std", "resize", "interpolation", "crop_fraction")
 """Keys of a network that come with its weights."""
 
 
@@ -34,41 +36,49 @@ class TrainedNetwork:
     Attributes:
       spec: its architecture and preprocessing.
       variables: {'params', 'batch_stats'}.
-      digest: SHA-256 of the variables.
+      digest: SHA-256 of all weights that its checkpoint or file has for it, of a file's classifier too.
       image_size: side of the images it was trained on, pixels.
-      role: its name in its run, as 'student'; of a file, what the file is.
+      description: what it is, for people: 'student at step 300', or 'resnet50, named as by MoCo-v2'.
+      origin: what a file says of where it is from: 'sha256', 'licence', …
     """
 
     spec: NetworkSpec
     variables: dict[str, Any]
     digest: str
     image_size: int
-    role: str
+    description: str
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunNetwork(TrainedNetwork):
-    """One evaluated network of a run: its config, and the step of the checkpoint."""
+    """One evaluated network of a run: its config, its name there, as 'student', and the step of the checkpoint."""
 
     config: ConfigDict
+    role: str
     step: int
 
 
-def load_source(source: str, model: str = "") -> TrainedNetwork:
+def load_source(
+    source: str, model: str = "", role: str = "", step: int | None = None, *, classifier: bool = False
+) -> TrainedNetwork:
     """The network of 'workdir:PATH', 'file:PATH[#KEY]' or 'hf:OWNER/REPOSITORY/FILE[#KEY]'.
 
     Args:
-      model: key of MODELS preferred where a file fits several.
+      model: of a file, the key of MODELS preferred where it fits several.
+      role, step: of a run, as for `load_network`.
+      classifier: keep that of a file, if it has one.
 
     Raises:
       UserError: if there is no such network, or it cannot be read whole.
     """
     if source.startswith(FROM_WORKDIR):
-        return load_network(source.removeprefix(FROM_WORKDIR))
-    where, key = split_source(source)
-    found = read_network(locate(where), model, key=key)
-    role = f"{found.spec.name}, named as by {LAYOUTS[found.layout].about}"
-    return TrainedNetwork(found.spec, found.variables, array_digest(found.variables), found.image_size, role)
+        return load_network(source.removeprefix(FROM_WORKDIR), role, step)
+    if role or step is not None:
+        raise UserError(f"{source!r} is a file, which holds one network: choose no network and no step in it.")
+    found = read_source(source, model, classifier=classifier)
+    description = f"{found.spec.name}, named as by {LAYOUTS[found.layout].about}"
+    return TrainedNetwork(found.spec, found.variables, found.digest, found.image_size, description, origin=found.about)
 
 
 def at_image_size(network: TrainedNetwork, image_size: int) -> TrainedNetwork:
@@ -133,9 +143,10 @@ def load_network(workdir: str | Path, role: str = "", step: int | None = None) -
         variables=variables,
         digest=array_digest(variables),
         image_size=recipe.image_size,
+        description=f"{role} at step {int(state.step)}",
+        config=config,
         role=role,
         step=int(state.step),
-        config=config,
     )
 
 
@@ -146,7 +157,8 @@ def load(source: str | Path, network: str = "", step: int | None = None) -> tupl
     like. It crops or resizes to the size the network was trained at and normalises by itself.
 
     Args:
-      source: the work directory of a run, or 'file:PATH[#KEY]' or 'hf:OWNER/REPOSITORY/FILE' for weights of others.
+      source: the work directory of a run, or 'file:PATH[#KEY]' or 'hf:OWNER/REPOSITORY/FILE[#KEY]' for weights of
+        others.
       network: of a run: 'student' (default), or another of its networks, as 'student_momentum' or 'teacher'.
       step: of a run: checkpoint; default the newest.
 
@@ -154,6 +166,7 @@ def load(source: str | Path, network: str = "", step: int | None = None) -> tupl
       UserError: if there is no such run, file, network or checkpoint, or it is damaged.
     """
     foreign = str(source).startswith((FROM_FILE, FROM_HUB))
-    found = load_source(str(source)) if foreign else load_network(source, network, step)
+    found = load_source(str(source) if foreign else f"{FROM_WORKDIR}{source}", role=network, step=step)
     spec = dataclasses.replace(found.spec, dtype=jnp.float32)
-    return pooled_features(spec, found.image_size), found.variables
+    features = pooled_features(spec, found.image_size)
+    return lambda params, images: features(params, Images.whole(images)), found.variables

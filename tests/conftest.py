@@ -1,5 +1,6 @@
 """Eight fake CPU devices, golden fixtures, and one tiny experiment for every method."""
 
+import gc
 import os
 import tempfile
 
@@ -23,6 +24,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import base
 from ssl_kd import models
+from ssl_kd.data.resident import Resident
+from ssl_kd.data.sources import Source
+from ssl_kd.images import Images
 from ssl_kd.methods import METHODS
 from ssl_kd.models import MODELS, init_network
 from ssl_kd.models.heads import THead
@@ -31,6 +35,8 @@ from ssl_kd.models.vit import ViT
 from ssl_kd.recipe import make_recipe
 from ssl_kd.state import create_state, stream
 from ssl_kd.step import TrainStep
+
+gc.set_threshold(200_000, 50, 1000)  # tracing makes so many objects that collecting them often is a sixth of its time
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -80,6 +86,35 @@ def tiny_config(method: str, **method_fields):
     return c
 
 
+class ArrayReader:
+    """A storage format for tests: images in memory."""
+
+    def __init__(self, images, labels=None, classes: int | None = None):
+        self.images, self.num_classes, self.rows_read = images, classes, []
+        self.numbers = np.full(len(images), -1) if labels is None else labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, row):
+        self.rows_read.append(row)
+        return self.images[row]
+
+    def labels(self):
+        return self.numbers.astype(np.int32)
+
+    def label_of(self, row):
+        return int(self.numbers[row])
+
+    def where(self, row):
+        return f"row {row}"
+
+
+def source_of(images, labels=None, classes: int | None = None) -> Source:
+    """A source of images (N, H, W, 3) in memory."""
+    return Source(ArrayReader(images, labels, classes), np.arange(len(images)), max(images.shape), images.shape[1:3])
+
+
 class Rig:
     """A tiny experiment without files: recipe, mesh over some of the devices, data, and steps."""
 
@@ -90,13 +125,11 @@ class Rig:
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         rng = np.random.default_rng(7)
         side = config.image_size
-        data = {
-            "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
-            "label": rng.integers(0, 3, images).astype(np.int32),
-        }
-        if any(view.source == "mate" for view in r.method.views.values()):
-            data["bag"] = rng.integers(0, images, (images, 2)).astype(np.int32)
-        self.data = self.put(data)
+        pixels = rng.integers(0, 256, (images, side, side, 3), np.uint8)
+        label = rng.integers(0, 3, images).astype(np.int32)
+        mated = any(view.source == "mate" for view in r.method.views.values())
+        bag = rng.integers(0, images, (images, 2)).astype(np.int32) if mated else None
+        self.data = self.put(Resident(Images.whole(pixels), label, bag))
         self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
         self.step = TrainStep(r, self.mesh).jit()
 
@@ -107,7 +140,7 @@ class Rig:
         return jax.jit(lambda: create_state(self.recipe), out_shardings=self.replicated)()
 
     def batch(self, step: int):
-        order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data["label"]))
+        order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data.label))
         index = order[: self.config.batch_size].astype(np.int32)
         return {"index": jax.device_put(index, NamedSharding(self.mesh, PartitionSpec("data")))}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from ssl_kd import augment as module
-from ssl_kd.augment import PRESETS, Augmentation, augment, blur_matrix, crop_box, cutmix, resample_weights
+from ssl_kd.augment import PRESETS, Augmentation, augment, blur_matrix, crop_box, cutmix
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "augment.npz")
 EIGHT_BIT = 1.5 / 255  # Pillow truncates each blend to 8 bits and rounds its grays
@@ -23,7 +24,8 @@ jitted = jax.jit(augment, static_argnames=("spec", "size"), compiler_options=QUI
 
 
 def views(images, spec, size, seed=0, order_key=ORDER):
-    return np.asarray(jitted(jnp.asarray(images), keys(len(images), seed), order_key, spec=spec, size=size))
+    images = images if isinstance(images, Images) else Images.whole(images)
+    return np.asarray(jitted(images, keys(len(images), seed), order_key, spec=spec, size=size))
 
 
 def keys(count, seed=0):
@@ -53,7 +55,7 @@ def test_a_view_is_float32_in_the_unit_range(preset, shape, size):
 
 def test_images_that_are_not_uint8_are_refused():
     with pytest.raises(TypeError, match="uint8"):
-        augment(jnp.zeros((1, 8, 8, 3)), keys(1), ORDER, STILL, 8)
+        augment(Images.whole(jnp.zeros((1, 8, 8, 3))), keys(1), ORDER, STILL, 8)
 
 
 def test_a_still_augmentation_is_the_image_over_255():
@@ -64,11 +66,30 @@ def test_a_still_augmentation_is_the_image_over_255():
 def test_a_view_depends_on_its_image_and_key_alone():
     images, spec = noise(6, 40, 60, 3), PRESETS["mocov2"]
     together = views(images, spec, 32)
-    turned = jitted(jnp.asarray(images[::-1].copy()), keys(6)[::-1], ORDER, spec=spec, size=32)
+    turned = jitted(Images.whole(images[::-1]), keys(6)[::-1], ORDER, spec=spec, size=32)
     np.testing.assert_allclose(turned[::-1], together, atol=1e-6)
-    two = jitted(jnp.asarray(images[3:5]), keys(6)[3:5], ORDER, spec=spec, size=32)
+    two = jitted(Images.whole(images[3:5]), keys(6)[3:5], ORDER, spec=spec, size=32)
     np.testing.assert_allclose(two, together[3:5], atol=1e-6)
     assert np.abs(views(images, spec, 32, seed=1) - together).mean(axis=(1, 2, 3)).min() > 0.01
+
+
+def on_a_canvas(image, height, width):
+    """The image in its corner, amid noise that nothing may see."""
+    canvas = np.random.default_rng(8).integers(0, 256, (height, width, 3), np.uint8)
+    canvas[: image.shape[0], : image.shape[1]] = image
+    return canvas
+
+
+def test_a_view_of_an_image_on_a_canvas_is_the_view_of_the_image_alone():
+    """Upright, lying, tiny and whole: whatever else is on the canvas."""
+    shapes, spec, seed = [(60, 40), (25, 64), (1, 1), (64, 64)], Augmentation(jitter=0.8, contrast=0.4), 5
+    alone = [noise(*shape, 3) for shape in shapes]
+    pixels = np.stack([on_a_canvas(image, 64, 64) for image in alone])
+    found = views(Images(pixels, np.int32(shapes)), spec, 24, seed)
+    for k, image in enumerate(alone):
+        of_one = jitted(Images.whole(image[None]), keys(4, seed)[k : k + 1], ORDER, spec=spec, size=24)
+        np.testing.assert_allclose(found[k], of_one[0], atol=1e-5)
+    assert found[[0, 1, 3]].std(axis=(1, 2)).min() > 0.02
 
 
 def test_switching_an_operation_on_leaves_the_draws_of_the_others():
@@ -93,7 +114,8 @@ def test_boxes_and_mirrors_read_back_from_a_ramp():
     height, width, size, count = 40, 60, 64, 400
     row, column = np.mgrid[:height, :width]
     image = np.stack([4 * row, 4 * column, 0 * row], -1).astype(np.uint8)
-    out = views(np.broadcast_to(image, (count, height, width, 3)), PRESETS["weak"], size) * 255 / 4
+    pixels = np.broadcast_to(on_a_canvas(image, 64, 64), (count, 64, 64, 3))
+    out = views(Images(pixels, np.broadcast_to(np.int32([height, width]), (count, 2))), PRESETS["weak"], size) * 255 / 4
     middle = slice(size // 2 - 4, size // 2 + 4)  # far from the border of the image, where the ramp stops
 
     def box(line):
@@ -113,15 +135,43 @@ def test_boxes_and_mirrors_read_back_from_a_ramp():
     assert len({tuple(b) for b in np.round([top, left, box_height, box_width]).T}) > 380
 
 
-def test_the_law_of_the_brightness_factor():
-    grey = np.full((600, 2, 2, 3), 100, np.uint8)
-    spec = dataclasses.replace(STILL, jitter=0.8, brightness=0.4)
-    factor = views(grey, spec, 2)[:, 0, 0, 0] * 255 / 100
-    untouched = np.abs(factor - 1) < 1e-6
-    assert abs(untouched.mean() - 0.2) < 0.07  # 4 standard deviations
+def distance_from_uniform(sample, low, high):
+    """Kolmogorov and Smirnov's: the largest difference of the distribution functions."""
+    below = (np.sort(sample) - low) / (high - low)
+    steps = np.arange(len(sample) + 1) / len(sample)
+    return max(np.abs(below - steps[:-1]).max(), np.abs(below - steps[1:]).max())
+
+
+def chance_bound(count):
+    """What a uniform sample exceeds once in a thousand times."""
+    return 1.95 / np.sqrt(count)
+
+
+def hues(colours):
+    return np.array([colorsys.rgb_to_hsv(*map(float, colour))[0] for colour in colours])
+
+
+DARK, LIGHT, RED = (90, 90, 90), (130, 130, 130), (150, 90, 70)
+FACTORS = {
+    "brightness": (0.4, 1.0, lambda dark, light, red: dark[:, 0] * 255 / 90),
+    "contrast": (0.4, 1.0, lambda dark, light, red: (light - dark)[:, 0] * 255 / 40),
+    "saturation": (0.4, 1.0, lambda dark, light, red: (red[:, 0] - red[:, 1]) * 255 / 60),
+    "hue": (0.1, 0.0, lambda dark, light, red: (hues(red) - hues([np.divide(RED, 255)]) + 0.5) % 1 - 0.5),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_of_the_jitter_are_uniform_about_what_changes_nothing(name):
+    """Read back from a picture of four pixels."""
+    strength, neutral, factor_of = FACTORS[name]
+    pictures = np.broadcast_to(np.uint8([[DARK, LIGHT], [RED, RED]]), (3000, 2, 2, 3))
+    out = views(pictures, dataclasses.replace(STILL, jitter=0.8, **{name: strength}), 2)
+    factor = factor_of(out[:, 0, 0], out[:, 0, 1], out[:, 1, 0])
+    untouched = np.abs(out - pictures / 255).max(axis=(1, 2, 3)) < 1e-6
+    assert abs(untouched.mean() - 0.2) < 0.03  # 4 standard deviations
     touched = factor[~untouched]
-    assert 0.6 <= touched.min() < 0.62 and 1.38 < touched.max() <= 1.4 + 1e-5
-    assert abs(touched.mean() - 1) < 0.045
+    assert np.abs(touched - neutral).max() < strength + 1e-4
+    assert distance_from_uniform(touched, neutral - strength, neutral + strength) < chance_bound(len(touched))
 
 
 def test_strengths_above_one_keep_factors_above_zero():
@@ -160,7 +210,7 @@ def test_the_order_is_a_switch_that_runs_one_branch():
     """Under vmap a switch on a batched index becomes a select of all branches; ours must stay a `cond`."""
     for preset, operations in (("small", 4), ("grey", 2), ("weak", 0)):
         traced = functools.partial(augment, spec=PRESETS[preset], size=8)
-        text = str(jax.make_jaxpr(traced)(noise(2, 8, 8, 3), keys(2), ORDER))
+        text = str(jax.make_jaxpr(traced)(Images.whole(noise(2, 8, 8, 3)), keys(2), ORDER))
         assert text.count(" cond[") == operations, preset
 
 
@@ -187,7 +237,7 @@ def test_operations_a_preset_does_not_use_are_not_traced(monkeypatch, preset, ab
 
         monkeypatch.setattr(module, name, spy)
     traced = functools.partial(augment, spec=PRESETS[preset], size=8)
-    jax.make_jaxpr(traced)(noise(2, 8, 8, 3), keys(2), ORDER)
+    jax.make_jaxpr(traced)(Images.whole(noise(2, 8, 8, 3)), keys(2), ORDER)
     assert absent.isdisjoint(called)
     assert called | absent == {"brightness", "contrast", "saturation", "hue", "grayscale", "blur_matrix", "solarize"}
 
@@ -240,15 +290,23 @@ def test_boxes_are_torchvisions(height, width, scale, ratio):
     assert (ours == expected).all(axis=1).mean() > 0.99  # float32 may round a side that ends in one half the other way
 
 
-def test_area_and_ratio_where_every_candidate_fits():
-    """Area uniform and ratio log-uniform: their means are known (whole pixels of 1000 are finer than the tolerance)."""
-    _, _, height, width = boxes(
-        uniforms(4000), 1000, 1000, Augmentation(crop_scale=(0.2, 0.5), crop_ratio=(3 / 4, 4 / 3))
+@pytest.mark.parametrize(("height", "width"), [(900, 700), (700, 900), (1000, 1000)])
+def test_area_ratio_and_place_of_boxes_have_their_laws(height, width):
+    """Every candidate fits, and whole pixels of so many are finer than the bound."""
+    draws = jax.vmap(lambda key: module._uniform(key, module._CROP, 22))(keys(4000, seed=height))
+    top, left, box_height, box_width = boxes(
+        draws, float(height), float(width), Augmentation(crop_scale=(0.2, 0.5), crop_ratio=(3 / 4, 4 / 3))
     ).T
-    area, log_ratio = height * width / 1e6, np.log(width / height)
-    assert area.min() > 0.199 and area.max() < 0.501 and abs(area.mean() - 0.35) < 0.006
-    assert np.abs(log_ratio).max() < np.log(4 / 3) + 0.005 and abs(log_ratio.mean()) < 0.011
-    assert abs(log_ratio.std() - 2 * np.log(4 / 3) / np.sqrt(12)) < 0.006
+    laws = {
+        "area": (box_height * box_width / (height * width), 0.2, 0.5),
+        "ratio": (np.log(box_width / box_height), np.log(3 / 4), np.log(4 / 3)),
+        "top": ((top + 0.5) / (height - box_height + 1), 0.0, 1.0),
+        "left": ((left + 0.5) / (width - box_width + 1), 0.0, 1.0),
+    }
+    for name, (sample, low, high) in laws.items():
+        assert distance_from_uniform(sample, low, high) < chance_bound(4000), name
+    together = np.corrcoef([sample for sample, _, _ in laws.values()])
+    assert np.abs(together[~np.eye(4, dtype=bool)]).max() < 4 / np.sqrt(4000)
 
 
 def test_the_central_fallback_has_the_nearest_allowed_ratio():
@@ -257,21 +315,7 @@ def test_the_central_fallback_has_the_nearest_allowed_ratio():
     np.testing.assert_array_equal(boxes(uniforms(20), 100, 10, spec), np.tile((43, 0, 13, 10), (20, 1)))
 
 
-# --- resampling and blur
-
-
-def test_resampling_is_pillows():
-    image = GOLDEN["image"][..., 0].astype(np.float32) / 255
-    weights = jax.jit(resample_weights, static_argnums=(2, 3), compiler_options=QUICK)
-    for number, (left, top, right, bottom) in enumerate(GOLDEN["resize_boxes"]):
-        expected = GOLDEN[f"resize_{number}"]
-        rows = weights(float(top), float(bottom - top), 40, expected.shape[0])
-        columns = weights(float(left), float(right - left), 60, expected.shape[1])
-        np.testing.assert_allclose(np.asarray(rows) @ image @ np.asarray(columns).T, expected, atol=1e-5)
-
-
-def test_resampling_a_whole_axis_to_its_own_size_changes_nothing():
-    np.testing.assert_allclose(resample_weights(0.0, 17.0, 17, 17), np.eye(17), atol=1e-6)
+# --- blur
 
 
 @pytest.mark.parametrize(("sigma", "sigma_max", "size"), [(0.1, 2.0, 28), (0.7, 2.0, 9), (2.0, 2.0, 28), (1.5, 2.0, 4)])

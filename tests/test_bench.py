@@ -11,6 +11,7 @@ from conftest import VARIANTS, Rig, rig_of, tiny_config
 
 from ssl_kd.bench import bench, flops_of, listed_calls, step_parts
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
 from ssl_kd.step import TrainStep
 from ssl_kd.train import prepare
@@ -42,7 +43,7 @@ def test_operations_of_products_and_convolutions_are_the_textbooks():
 
 def shapes_of(rig):
     rows = np.arange(16, dtype=np.int32)
-    images = dict.fromkeys(("image", "mate"), jax.ShapeDtypeStruct((16, 12, 12, 3), np.uint8))
+    images = dict.fromkeys(("image", "mate"), Images.whole(np.zeros((16, 12, 12, 3), np.uint8)))
     views = jax.eval_shape(lambda images: TrainStep(rig.recipe, rig.mesh).views(0, images, rows, None), images)
     return views, {"index": rows, "label": rows}
 
@@ -78,7 +79,7 @@ def test_stand_in_features_give_the_loss_of_the_backbones_they_came_from():
             other, _ = step.loss(state.trained, state, rig.frozen, views, context)
         return loss, again, other
 
-    loss, again, other = losses(rig.create(), rig.data["image"][:16])
+    loss, again, other = losses(rig.create(), rig.data.image[:16])
     assert loss == again != other
 
 
@@ -94,7 +95,7 @@ def test_parts_add_up_to_the_operations_of_the_step(variant, accum, devices):
     config.optim.accum, config.bn_groups = accum, 2
     rig = Rig(config, devices)
     state = rig.create()
-    parts = step_parts(TrainStep(rig.recipe, rig.mesh), state, rig.frozen, rig.data["image"][: 16 // accum])
+    parts = step_parts(TrainStep(rig.recipe, rig.mesh), state, rig.frozen, rig.data.image[: 16 // accum])
     whole = flops_of(rig.step.trace(state, rig.frozen, rig.batch(0), rig.data).jaxpr)
     assert sum(part.flops() for part in parts.values() if part.counted) == whole
 
@@ -102,7 +103,7 @@ def test_parts_add_up_to_the_operations_of_the_step(variant, accum, devices):
 def test_figures_of_a_streamed_run(tmp_path):
     config = tiny_config("moco_v2")
     config.update_from_flattened_dict({"data.train": "train[:96]", "data.test": "test[:40]", "data.resident": "off"})
-    config.optim.accum, config.image_size = 2, 28
+    config.image_size = 28
     run = runs.prepared(config, tmp_path)
     figures = json.loads(json.dumps(bench(run, budget=0.5), allow_nan=False))
     counted = {name for name, part in figures["parts"].items() if part["counted"]}

@@ -14,7 +14,7 @@ from configs import base
 from ssl_kd.errors import UserError
 from ssl_kd.methods import METHODS
 from ssl_kd.models import Networks, init_network
-from ssl_kd.recipe import FREE_KEYS, WEIGHT_SOURCES, flatten, identity, make_recipe
+from ssl_kd.recipe import FREE_KEYS, WEIGHT_SOURCES, flatten, identity, make_recipe, short_side
 from ssl_kd.state import create_state
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +53,16 @@ def test_the_imagenet_preset_is_the_papers_setting():
     assert (c.image_size, c.method.queue, c.epochs, c.batch_size) == (224, 65536, 200, 256)
     assert (c.data.source, c.student.width, c.teacher.name) == ("tfds:imagenet2012", 1.0, "resnet50")
     assert (c.method.prototypes, c.optim.lr, c.optim.weight_decay) == (3000, 0.03, 1e-4)
+
+
+def test_images_are_reduced_to_eight_sevenths_of_the_largest_view_unless_told():
+    c = tiny_config("mokd")  # with crops smaller than its views
+    c.image_size = 224
+    assert short_side(c) == 256
+    c.method.local_size = 280
+    assert short_side(c) == 320
+    c.data.canvas = 100
+    assert short_side(c) == 100
 
 
 def test_recipes_are_short():

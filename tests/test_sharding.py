@@ -1,5 +1,6 @@
 """The compiled step is the same for every number of devices and micro-batches."""
 
+import dataclasses
 import itertools
 import re
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import VARIANTS, Rig, rig_of, tiny_config, worst
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,17 @@ def test_shuffled_keys_are_split_over_the_devices():
     side = config.image_size
     shapes = set(re.findall(rf"f32\[(\d+),(?:3,{side},{side}|{side},{side},3)\]", text))
     assert shapes == {str(config.batch_size // 8)}
+
+
+def test_a_set_split_over_the_devices_trains_exactly_as_one_that_lies_whole_on_each():
+    """And stays split: no more images than a batch of them are exchanged."""
+    rig = Rig(tiny_config("moco_v2"), 8)
+    expected, metrics = rig.run(2)
+    rows = NamedSharding(rig.mesh, PartitionSpec("data"))
+    rig.data = dataclasses.replace(rig.data, image=jax.device_put(rig.data.image, rows), split_over=rig.mesh)
+    found, again = rig.run(2)
+    assert again == metrics
+    assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(found), jax.device_get(expected)))
+    text = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data).compile().as_text()
+    exchanged = re.findall(r"= u8\[(\d+),[\d,]*\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)", text)
+    assert exchanged and max(int(count) for count in exchanged) <= rig.config.batch_size

@@ -11,6 +11,7 @@ import pytest
 from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config, worst
 
 from ssl_kd.checkpoint import Checkpoints
+from ssl_kd.images import Images
 from ssl_kd.state import abstract
 from ssl_kd.step import TrainStep
 
@@ -85,9 +86,21 @@ def test_streamed_batches_equal_resident_ones():
     rig = rig_of("rekd")
     a, _ = rig.run(1)
     index = rig.batch(0)["index"]
-    batch = {"index": index, "image": rig.data["image"][index], "label": rig.data["label"][index]}
+    batch = {"index": index, "image": rig.data.image[index], "label": rig.data.label[index]}
     b, _ = rig.step(rig.create(), rig.frozen, batch, None)
     assert worst(a, b) < 1e-6
+
+
+def test_a_larger_canvas_changes_nothing():
+    """Nor what lies on it beside the images."""
+    rig, side = Rig(tiny_config("moco_v2")), 12
+    pixels = np.random.default_rng(3).integers(0, 256, (len(rig.data.label), side + 4, side + 3, 3), np.uint8)
+    pixels[:, :side, :side] = rig.data.image.pixels
+    rig.data = rig.put(dataclasses.replace(rig.data, image=Images(pixels, rig.data.image.size)))
+    last, metrics = rig.run(3)
+    _, expected, before = three_steps("moco_v2")
+    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in before], rtol=1e-5)
+    assert worst(last.trained, expected.trained) < 1e-4
 
 
 def test_a_non_finite_step_is_refused_counted_and_halts_the_state():

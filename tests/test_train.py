@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -220,6 +221,7 @@ def test_a_student_may_start_from_a_run(finished, tmp_path):
         ({"method.teacher": "frozen"}, "teacher.source=workdir:PATH"),
         ({"data.source": "folder"}, "data.source='folder'"),
         ({"data.source": "hf:nowhere"}, "nowhere"),
+        ({"data.canvas": -1}, "data.canvas=-1"),
         ({"data.train": "train[:8]"}, "larger than the training set of 8"),
         ({"batch_size": 12}, "multiple of 8"),
     ],
@@ -266,7 +268,11 @@ def test_a_student_of_another_image_size_is_refused(tmp_path):
         c.student = base.network("alexnet", width=0.02, dim=8)
         return c
 
-    fit(prepared(config(28), tmp_path / "run"))
+    run = prepared(config(28), tmp_path / "run")
+    checkpoint.write_json(run.workdir / "run.json", run.record)
+    with closing(Checkpoints(run.workdir, keep=1)) as checkpoints:
+        checkpoints.save(0, run.create_now())
+        checkpoints.wait()
     other = config(20)
     other.student.source = f"workdir:{tmp_path / 'run'}"
     with pytest.raises(UserError, match=r"image_size=28.*image_size=20"):
@@ -278,8 +284,8 @@ def test_unlabelled_data_trains_and_reports_health_only(tmp_path, monkeypatch):
 
     def unlabelled(*args):
         source = opened(*args)
-        source.num_classes = None
-        source.reader.label_of = lambda row: -1
+        reader = source.reader
+        reader.num_classes, reader.label_of, reader.labels = None, lambda row: -1, lambda: np.full(len(reader), -1)
         return source
 
     monkeypatch.setattr(train, "open_source", unlabelled)

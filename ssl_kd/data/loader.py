@@ -13,23 +13,21 @@ import os
 import weakref
 import zlib
 from collections.abc import Generator
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ssl_kd.data import sources
 from ssl_kd.data.bags import mates
+from ssl_kd.data.resident import Residence, Resident
+from ssl_kd.data.sources import Source, arrays
 from ssl_kd.errors import UserError
 
 SHARDED, REPLICATED = PartitionSpec("data"), PartitionSpec()
-RESIDENT_FRACTION = 0.25  # of free device memory
-RESIDENT_BYTES = 2 << 30  # where the device does not say how much is free
-
 
 _open_generators: weakref.WeakSet[Generator] = weakref.WeakSet()
 
@@ -58,7 +56,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 class HostBatch:
     """Step number -> this process's rows of the global batch; sent to grain's worker processes."""
 
-    source: sources.Source
+    source: Source
     batch_size: int
     seed: int
     rows: np.ndarray  # (b,) positions of this process within the global batch
@@ -71,13 +69,14 @@ class HostBatch:
         epoch, k = divmod(int(step), n // self.batch_size)
         return epoch_order(self.seed, epoch, n)[k * self.batch_size + self.rows]
 
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """image uint8 (b, H, W, 3), label int32 (b,), index int32 (b,); with bags also mate uint8 (b, H, W, 3)."""
+    def __call__(self, step: int) -> dict[str, Any]:
+        """image, b `Images`; label int32 (b,); index int32 (b,); with bags also mate, b `Images`."""
         index = self.indices(step)
-        batch = sources.gather(self.source, index, self.threads)
+        image, label = arrays(self.source.take(index), self.threads)
+        batch = {"image": image, "label": label, "index": index}
         if self.bags.shape[1]:
             mate = mates(self.bags, index, self.seed, step)
-            batch["mate"] = sources.gather(self.source, mate, self.threads)["image"]
+            batch["mate"], _ = arrays(self.source.take(mate), self.threads)
         return batch
 
 
@@ -86,13 +85,12 @@ class Loader:
 
     Attributes:
       steps_per_epoch: S = N // B.
-      data: resident sets: {'image': uint8 (N, H, W, 3), 'label': int32 (N,)} and with bags {'bag': int32 (N, k)},
-        replicated on the mesh; else None.
+      data: the set on the mesh, where it is resident; else None.
 
     Args:
       batch_size: B, over all processes.
       seed: non-negative.
-      resident: hold the decoded set on the devices and send only indices.
+      resident: where the decoded set lies; only indices are sent of one that the devices hold.
       workers: reader processes; 0 reads in threads of this process, which scales while decoding dominates (it releases
         the interpreter's lock). With workers, the script must be guarded by `if __name__ == "__main__"`.
       bags: int32 (N, k), k others of every image, of which it gets one as its mate of the step (`ssl_kd.data.bags`).
@@ -102,12 +100,12 @@ class Loader:
 
     def __init__(
         self,
-        source: sources.Source,
+        source: Source,
         *,
         batch_size: int,
         seed: int,
         mesh: jax.sharding.Mesh | None,
-        resident: bool,
+        resident: Residence,
         workers: int = 0,
         bags: np.ndarray | None = None,
     ) -> None:
@@ -120,19 +118,14 @@ class Loader:
         self._mesh, self._workers = mesh, workers
         threads = max(1, (os.cpu_count() or 1) // max(1, workers))
         bags = np.zeros((n, 0), np.int32) if bags is None else bags
-        self._host = HostBatch(source, batch_size, seed, self._own_rows(batch_size), threads, bags)
-        self.data: dict[str, jax.Array] | None = None
-        if resident:
-            image, label = sources.arrays(source)
-            self.data = {"image": self._place(image, REPLICATED), "label": self._place(label, REPLICATED)}
-            if bags.shape[1]:
-                self.data["bag"] = self._place(bags, REPLICATED)
+        self._host = HostBatch(source, batch_size, seed, own_rows(batch_size, mesh), threads, bags)
+        self.data = None if resident == "streamed" else self._hold(resident)
 
-    def batches(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
+    def batches(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         """The batches of steps start, …, stop - 1, sharded over 'data'.
 
-        Resident sets give {'index': int32 (B,)}; others also 'image' uint8 (B, H, W, 3), with bags 'mate' alike, and
-        'label' int32 (B,), with one batch already sent to the devices while the step before it runs.
+        Resident sets give {'index': int32 (B,)}; others also 'image', B `Images`, with bags 'mate' alike, and 'label'
+        int32 (B,), with one batch already sent to the devices while the step before it runs.
 
         Raises: UserError from the source, the same sentence also when a worker process met it.
         """
@@ -140,11 +133,25 @@ class Loader:
         _open_generators.add(batches)
         return batches
 
-    def _resident(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
-        for step in range(start, stop):
-            yield {"index": self._place(self._host.indices(step), SHARDED)}
+    def _hold(self, resident: Residence) -> Resident:
+        """The whole set on the devices; of one that is split, each process reads its own share."""
+        source, bags = self._host.source, self._host.bags
+        n = len(source)
+        split_over = self._mesh if resident == "sharded" else None
+        padded = n + (-n % split_over.shape["data"] if split_over else 0)
+        image, _ = arrays(source.take(own_rows(padded, split_over) % n))
+        return Resident(
+            image=place(image, self._mesh, SHARDED if split_over else REPLICATED),
+            label=place(source.labels(), self._mesh, REPLICATED),
+            bag=place(bags, self._mesh, REPLICATED) if bags.shape[1] else None,
+            split_over=split_over,
+        )
 
-    def _streamed(self, start: int, stop: int) -> Generator[dict[str, jax.Array]]:
+    def _resident(self, start: int, stop: int) -> Generator[dict[str, Any]]:
+        for step in range(start, stop):
+            yield {"index": place(self._host.indices(step), self._mesh, SHARDED)}
+
+    def _streamed(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         if start >= stop:
             return
         ds = grain.MapDataset.range(start, stop).map(self._host)
@@ -154,40 +161,24 @@ class Loader:
                 flags.FLAGS.mark_as_parsed()
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
             # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.
-            ds = ds.map(lambda batch: {name: np.array(rows) for name, rows in batch.items()})
-        ds = ds.map(lambda batch: {name: self._place(rows, SHARDED) for name, rows in batch.items()})
+            ds = ds.map(lambda batch: jax.tree.map(np.array, batch))
+        ds = ds.map(lambda batch: place(batch, self._mesh, SHARDED))
         ds = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=1)
         with contextlib.closing(iter(ds)) as batches:  # else its threads and processes outlive the loop
             yield from batches
 
-    def _own_rows(self, batch_size: int) -> np.ndarray:
-        """Positions within the global batch whose shards live on this process's devices, in order."""
-        if self._mesh is None:
-            return np.arange(batch_size)
-        sharding = NamedSharding(self._mesh, SHARDED)
-        shards = sharding.addressable_devices_indices_map((batch_size,)).values()
-        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in shards]))
 
-    def _place(self, local: np.ndarray, spec: PartitionSpec) -> jax.Array:
-        """This process's rows -> the global array."""
-        if self._mesh is None:
-            return jnp.asarray(local)
-        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), local)
+def own_rows(count: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
+    """Which of `count` rows sharded over 'data' live on this process's devices, in order."""
+    if mesh is None:
+        return np.arange(count)
+    shards = NamedSharding(mesh, SHARDED).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in shards]))
 
 
-def decide_resident(setting: str, nbytes: int) -> bool:
-    """Whether to hold a decoded set of nbytes on the devices: 'on', 'off', or 'auto'.
-
-    'auto' holds sets up to a quarter of free device memory, or up to 2 GiB where the device does not report it (CPU).
-    All processes decide alike. Raises: UserError on any other setting.
-    """
-    if setting not in ("auto", "on", "off"):
-        raise UserError(f"data.resident={setting!r} is unknown; use 'auto', 'on' or 'off'")
-    if setting != "auto":
-        return setting == "on"
-    stats = jax.local_devices()[0].memory_stats()
-    free = stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else None
-    fits = nbytes <= (RESIDENT_BYTES if free is None else RESIDENT_FRACTION * free)
-    if jax.process_count() > 1:  # free memory may differ by a little
-        fits = bool(multihost_utils.broadcast_one_to_all(np.asarray(fits)))
-    return fits
+def place(local: Any, mesh: jax.sharding.Mesh | None, spec: PartitionSpec) -> Any:
+    """A tree of this process's rows -> the same of global arrays."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, local)
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)

@@ -80,7 +80,7 @@ class NetworkSpec:
       classes: outputs of the backbone's own classifier, which no loss uses; 0 = it has none.
       mean, std: of the RGB values in [0, 1] that the network takes, subtracted and divided by at its entry.
       resize: side that its entry resizes images to, pixels; 0 = it takes them as they come.
-      interpolation: of what resizes images for it, 'bilinear' or 'bicubic'.
+      interpolation: of what resizes images for it, its entry included: a key of `ssl_kd.images.INTERPOLATIONS`.
       crop_fraction: side of the centre that it is evaluated on, over an image's shorter side.
       bn_groups: independent batch-norm groups of a batch.
       remat: recompute residual blocks in the backward pass: less memory, about a forward more time.
@@ -136,7 +136,8 @@ class Network(nn.Module):
     def features(self, images: jax.Array, *, norm: str, dropout: bool = False) -> Features:
         """Images (B, H, W, 3) in [0, 1] → stages and pooled feature; `norm` is 'batch' or 'running' statistics."""
         if side := self.spec.resize:
-            images = jax.image.resize(images, (images.shape[0], side, side, 3), "bilinear")
+            images = jax.image.resize(images, (images.shape[0], side, side, 3), self.spec.interpolation)
+            images = jnp.clip(images, 0, 1)  # a cubic overshoots
         x = (images - jnp.array(self.spec.mean, images.dtype)) / jnp.array(self.spec.std, images.dtype)
         return self.backbone(x.astype(self.spec.dtype), norm=norm, dropout=dropout)
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ssl_kd.data.sources import Source
+from ssl_kd.images import Images
+from ssl_kd.models.embed import preprocess
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.health import health
 from ssl_kd.probes.knn import knn
@@ -21,12 +22,12 @@ class Labelled:
     """Images and their labels.
 
     Attributes:
-      images: uint8 (N, H, W, 3) array, or a source of such images.
+      images: N of them on the host, or a source.
       labels: int32 (N,), −1 unknown.
       num_classes: 0 when there are no labels, or not for all.
     """
 
-    images: Any
+    images: Images | Source
     labels: np.ndarray
     num_classes: int
 
@@ -35,16 +36,14 @@ class Labelled:
             object.__setattr__(self, "num_classes", 0)
 
 
-def raw_pixels(images: jax.Array) -> jax.Array:
-    """uint8 (B, H, W, 3) → (B, h·w·3) float32, at most 32 × 32 pixels: the baseline that needs no network."""
-    x = images.astype(jnp.float32) / 255
-    if max(x.shape[1:3]) > RAW_SIZE:
-        x = jax.image.resize(x, (x.shape[0], RAW_SIZE, RAW_SIZE, 3), "bilinear")
-    return x.reshape(x.shape[0], -1)
+def raw_pixels(images: Images) -> jax.Array:
+    """The centre of B images, at most 32 × 32 pixels: float32 (B, s·s·3), the baseline that needs no network."""
+    x = preprocess(images, min(RAW_SIZE, *images.canvas), 1.0, "bilinear")
+    return x.reshape(len(x), -1)
 
 
 def evaluate(
-    apply: Callable[[jax.Array], jax.Array],
+    apply: Callable[[Images], jax.Array],
     train: Labelled,
     test: Labelled,
     *,

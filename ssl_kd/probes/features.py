@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 
+from ssl_kd.data.loader import REPLICATED, SHARDED, own_rows, place
+from ssl_kd.data.sources import Source, arrays
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 
 
-class Source(Protocol):
-    """Random access to examples; ``source[i]['image']`` is a uint8 (H, W, 3) array, one size for all i."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-
-
-def _call(apply: Partial, images: jax.Array) -> jax.Array:
+def _call(apply: Partial, images: Images) -> jax.Array:
     return apply(images)
 
 
 def extract(
-    apply: Callable[[jax.Array], jax.Array],
-    images: np.ndarray | Source,
+    apply: Callable[[Images], jax.Array],
+    images: Images | Source,
     *,
     batch_size: int = 256,
     mesh: Mesh | None = None,
@@ -36,39 +29,34 @@ def extract(
 ) -> np.ndarray:
     """Features of every image, in order: float32 (N, D) on the host, whole on every process.
 
-    ``apply`` is a pure function from uint8 (B, H, W, 3) to (B, D), preprocessing included and rows independent of each
-    other. It compiles once for all sets of one image size: the last batch is padded with black images. Pass
+    ``apply`` is a pure function from B ``Images`` to (B, D), preprocessing included and rows independent of each
+    other. It compiles once for all sets on one size of canvas: the last batch is filled up with black images. Pass
     ``jax.tree_util.Partial(function, variables)`` to keep that compilation while the weights change from call to call;
     a closure compiles anew for each set of weights, which it embeds as constants.
 
-    ``images`` is a uint8 (N, H, W, 3) array, memory maps included, or a ``Source``. With a ``mesh`` each batch is
-    sharded over its axis 'data', ``batch_size`` rounded up to a multiple of it, and a process reads only its own rows.
+    ``images`` are N on the host, memory maps included, or a ``Source``. With a ``mesh`` each batch is sharded over its
+    axis 'data', ``batch_size`` rounded up to a multiple of it, and a process reads only its own rows.
     ``progress(done, total)`` is called after each batch.
 
-    Raises UserError if there is no image, the images are not uint8 RGB of one size, or a feature is not finite.
+    Raises UserError if there is no image, one cannot be read, they are not uint8 RGB, or a feature is not finite.
     """
     total = len(images)
     if total == 0:
         raise UserError("the set of images to extract features from is empty: check its path and split.")
-    shape = _image(images, 0).shape
+    if isinstance(images, Images) and (images.pixels.dtype != np.uint8 or images.pixels.shape[3:] != (3,)):
+        found = f"{images.pixels.dtype} {images.pixels.shape}"
+        raise UserError(f"the images are {found}: features are extracted from uint8 (N, H, W, 3).")
     apply = apply if isinstance(apply, Partial) else Partial(apply)
     if mesh is None:
         step = jax.jit(_call)
     else:
         batch_size += -batch_size % mesh.shape["data"]
-        sharding, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(mesh, REPLICATED)
         apply = jax.device_put(apply, replicated)  # variables out of a checkpoint lie on one device
         step = jax.jit(_call, out_shardings=replicated)
 
-    def batch(start: int) -> jax.Array:
-        rows = range(start, start + batch_size)
-        if mesh is None:
-            return jnp.asarray(_rows(images, rows, shape))
-
-        def shard(index: Any) -> np.ndarray:
-            return _rows(images, rows[index[0]], shape)
-
-        return jax.make_array_from_callback((batch_size, *shape), sharding, shard)
+    def batch(start: int) -> Images:
+        return place(_rows(images, start + own_rows(batch_size, mesh)), mesh, SHARDED)
 
     features = np.empty((0, 0), np.float32)
     starts = range(0, total, batch_size)
@@ -90,26 +78,12 @@ def extract(
     return features
 
 
-def _image(images: np.ndarray | Source, index: int) -> np.ndarray:
-    image = images[index] if isinstance(images, np.ndarray) else np.asarray(images[index]["image"])
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f"image {index} is {image.dtype} {image.shape}: features are extracted from uint8 (H, W, 3).")
-    return image
-
-
-def _rows(images: np.ndarray | Source, indices: range, shape: tuple[int, ...]) -> np.ndarray:
-    """The images at consecutive ``indices``, black beyond the last one: uint8 (len(indices), *shape)."""
-    rows = np.zeros((len(indices), *shape), np.uint8)
-    if isinstance(images, np.ndarray):
-        found = images[indices.start : indices.stop]
-        rows[: len(found)] = found
-        return rows
-    for row, index in enumerate(range(indices.start, min(indices.stop, len(images)))):
-        image = _image(images, index)
-        if image.shape != shape:
-            raise UserError(f"image {index} is {image.shape} but image 0 is {shape}: resize them to one size first.")
-        rows[row] = image
-    return rows
+def _rows(images: Images | Source, rows: np.ndarray) -> Images:
+    """The images of these ascending numbers; beyond the last one they are black and fill their canvas."""
+    there = rows[rows < len(images)]
+    found = images[there] if isinstance(images, Images) else arrays(images.take(there))[0]
+    black = np.zeros((len(rows) - len(there), *found.pixels.shape[1:]), np.uint8)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), found, Images.whole(black))
 
 
 def require_labels(what: str, features: np.ndarray, labels: np.ndarray | None, num_classes: int) -> np.ndarray:

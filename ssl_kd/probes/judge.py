@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,15 @@ from jax.sharding import AxisType, Mesh
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from ssl_kd.data.sources import Source, Subset, arrays, open_source
+from ssl_kd.data.sources import Source, arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
 from ssl_kd.probes.layerwise import EPOCHS, layer_probe
+from ssl_kd.recipe import short_side
 from ssl_kd.state import State
-from ssl_kd.trained import load_network
+from ssl_kd.trained import TrainedNetwork
 
 if TYPE_CHECKING:
     from ssl_kd.train import Run
@@ -82,64 +82,63 @@ def sample(source: Source, count: int) -> Source:
     """A fixed random choice of `count` images, because sets may be sorted by class; all, if there are fewer."""
     if count >= len(source):
         return source
-    return Subset(source, np.sort(np.random.default_rng(0).choice(len(source), count, replace=False)))
+    return source.take(np.sort(np.random.default_rng(0).choice(len(source), count, replace=False)))
 
 
 def labelled(source: Source, count: int = sys.maxsize) -> Labelled:
     """`count` of the images with their labels; decoded once where the host's memory takes that."""
     source = sample(source, count)
-    if len(source) * math.prod(source.image_shape) <= PROBE_BYTES:
+    if source.nbytes <= PROBE_BYTES:
         images, labels = arrays(source)
         return Labelled(images, labels, source.num_classes or 0)
     return Labelled(source, source.labels(), source.num_classes or 0)
 
 
 def probe_network(
-    workdir: str, network: str = "", step: int | None = None, *, source: str = "", train: str = "", test: str = ""
+    found: TrainedNetwork, config: ConfigDict, *, source: str = "", train: str = "", test: str = ""
 ) -> dict[str, Any]:
-    """The final probes on any network of any checkpoint; data and splits default to the run's.
+    """The final probes on a network of a checkpoint or a file.
+
+    Args:
+      config: of its run, or a default one, which has the data and splits that are not given.
 
     Raises:
-      UserError: if the run, network, checkpoint or data is not there, or the data has no labels.
+      UserError: if the data is not there, or has no labels.
     """
-    found = load_network(workdir, network, step)
-    c = found.config
-    train_set, test_set = open_splits(c, source, train, test)
-    apply = Partial(pooled_features(found.spec, c.image_size), found.variables)
-    sets = labelled(train_set, c.probe.train_images), labelled(test_set)
+    train_set, test_set = open_splits(config, source, train, test)
+    apply, c = Partial(pooled_features(found.spec, found.image_size), found.variables), config.probe
+    sets = labelled(train_set, c.train_images), labelled(test_set)
     if not (sets[0].num_classes and sets[1].num_classes):
-        spec = source or c.data.source
+        spec = source or config.data.source
         raise UserError(f"{spec!r} has unlabelled images, so there is nothing to probe: choose a labelled --source.")
-    row = evaluate(apply, *sets, ks=c.probe.knn, linear=True, batch_size=c.probe.batch_size, mesh=all_devices())
-    return {f"{found.role} at step {found.step}": row}
+    row = evaluate(apply, *sets, ks=c.knn, linear=True, batch_size=c.batch_size, mesh=all_devices())
+    return {found.description: row}
 
 
 def probe_layers(
-    workdir: str,
-    network: str = "",
-    step: int | None = None,
+    found: TrainedNetwork,
+    config: ConfigDict,
     *,
     source: str = "",
     train: str = "",
     test: str = "",
     epochs: float = EPOCHS,
 ) -> dict[str, dict[str, float]]:
-    """The layer-wise linear probe, on all training images, of a network chosen as for `probe_network`.
+    """The layer-wise linear probe, on all training images, of a network and data chosen as for `probe_network`.
 
     Raises:
       UserError: as `probe_network` and `layer_probe`.
     """
-    found = load_network(workdir, network, step)
-    sets = open_splits(found.config, source, train, test)
+    sets = open_splits(config, source, train, test)
     row = layer_probe(found, *sets, image_size=found.image_size, epochs=epochs, mesh=all_devices(), progress=True)
-    return {f"{found.role} at step {found.step}": row}
+    return {found.description: row}
 
 
 def open_splits(config: ConfigDict, source: str, train: str, test: str) -> tuple[Source, Source]:
-    """Training and test images; what is '' is the run's."""
+    """Training and test images; what is '' is the config's."""
     spec = source or config.data.source
     splits = train or config.data.train, test or config.data.test
-    train_set, test_set = (open_source(spec, split, config.data.canvas) for split in splits)
+    train_set, test_set = (open_source(spec, split, short_side(config)) for split in splits)
     return train_set, test_set
 
 

@@ -23,14 +23,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from ssl_kd.augment import Augmentation, augment
-from ssl_kd.data.loader import Loader, decide_resident
+from ssl_kd.data.loader import Loader
+from ssl_kd.data.resident import Resident, decide_resident
 from ssl_kd.data.sources import Source
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.log import Bar, console
 from ssl_kd.losses import promote
 from ssl_kd.models import Network, NetworkSpec
 from ssl_kd.models.alexnet import AlexNet
-from ssl_kd.models.embed import preprocess
+from ssl_kd.models.embed import crop_side, square
 from ssl_kd.models.layers import BatchNorm, Features, Norm
 from ssl_kd.probes.features import extract, require_labels
 from ssl_kd.recipe import stream
@@ -89,8 +91,8 @@ def layer_probe(
     no feature is stored. The result is a function of the arguments; `seed` decides order and crops while training.
 
     Args:
-      image_size: side of the crops, pixels. Test images no larger than that have no corners: they vote by their centre
-        and its mirror alone.
+      image_size: side of the crops, pixels. Test images on a canvas no larger than that have no corners: they vote by
+        their centre and its mirror alone.
       epochs: passes over `train`.
       batch_size: images a step; a multiple of the mesh's devices.
       mesh: the devices along its axis 'data' share a batch.
@@ -114,7 +116,9 @@ def layer_probe(
             f"the layer-wise probe's training set has {train.num_classes} classes and its test set {test.num_classes}: "
             "choose two splits of one data set."
         )
-    resident = decide_resident("auto", len(train) * math.prod(train.image_shape))
+    resident, why = decide_resident("auto", train.nbytes, mesh.size)
+    if progress:
+        console.print(why)
     loader = Loader(train, batch_size=batch_size, seed=seed, mesh=mesh, resident=resident)
     steps = max(1, round(epochs * loader.steps_per_epoch))
     probe = LayerProbe(found.spec, image_size, steps, seed, mesh)
@@ -122,7 +126,7 @@ def layer_probe(
     classifiers = jax.device_put(probe.create(variables, train.num_classes or 0), probe.replicated)
     classifiers = fit(probe, classifiers, variables, loader, batch_size, progress)
 
-    crops = 2 * len(crop_places(*test.image_shape[:2], image_size))
+    crops = 2 * len(crop_places(test.canvas, image_size))
     if progress:
         console.print(f"Testing on {crops} crops of each of {len(test):,} images …")
     predict = Partial(probe.predict, variables, classifiers)
@@ -167,13 +171,13 @@ class LayerProbe:
         self,
         classifiers: Classifiers,
         variables: Any,
-        batch: Mapping[str, jax.Array],
-        data: Mapping[str, jax.Array] | None,
+        batch: Mapping[str, Any],
+        data: Resident | None,
     ) -> tuple[Classifiers, jax.Array]:
         """The classifiers after one more step, and the mean of their losses. `batch`, `data`: as a Loader has them."""
         if data is not None:
             index = batch["index"]
-            batch = {"image": data["image"][index], "label": data["label"][index]}
+            batch = {"image": data.take(index), "label": data.label[index]}
             batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, PartitionSpec("data")))
         key = stream(self.seed, "layer probe", classifiers.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["label"])))
@@ -181,12 +185,12 @@ class LayerProbe:
         rate = learning_rate(classifiers.step, self.steps)
         return advance(classifiers, self.layers(variables, views), batch["label"], rate)
 
-    def predict(self, variables: Any, classifiers: Classifiers, images: jax.Array) -> jax.Array:
-        """The classes (B, layers) that the crops of uint8 images (B, H, W, 3) vote for; NaN by a network that diverged.
+    def predict(self, variables: Any, classifiers: Classifiers, images: Images) -> jax.Array:
+        """The classes (B, layers) that the crops of B images vote for; NaN by a network that diverged.
 
         Floats, exact for every class there is, because that is what `extract` collects.
         """
-        crops = mirrored_crops(images, self.image_size)
+        crops = mirrored_crops(images, self.image_size, self.spec.crop_fraction, self.spec.interpolation)
         layers = self.layers(variables, crops.reshape(-1, *crops.shape[2:]))
         rows, _ = standardise(layers, classifiers.stats, norm="running")
         votes = []
@@ -290,21 +294,24 @@ def adaptive_max_pool(x: jax.Array, side: int) -> jax.Array:
     return x
 
 
-def crop_places(height: int, width: int, size: int) -> list[tuple[int, int]]:
-    """Top and left of the crops of an image: its centre, then the four corners if it is larger than a crop, pixels."""
-    bottom, right = max(0, height - size), max(0, width - size)
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)] if bottom or right else []
-    return [(bottom // 2, right // 2), *corners]
+def crop_places(canvas: tuple[int, int], size: int) -> list[tuple[float, float]]:
+    """Where the crops of images lie: of what is left beside one, the shares above it and to its left.
 
-
-def mirrored_crops(images: jax.Array, size: int) -> jax.Array:
-    """uint8 (B, H, W, 3) → float32 (B, 10, size, size, 3) in [0, 1]; two, not ten, where there are no corners.
-
-    Smaller images are enlarged.
+    The centre, then, if the canvas is larger than a crop, the four corners.
     """
-    _, height, width, _ = images.shape
-    places = crop_places(height, width, size)
-    crops = [preprocess(images[:, top : top + size, left : left + size], size) for top, left in places]
+    corners = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)] if max(canvas) > size else []
+    return [(0.5, 0.5), *corners]
+
+
+def mirrored_crops(images: Images, size: int, crop_fraction: float, interpolation: str) -> jax.Array:
+    """Crops of B images and their mirrors, float32 (B, 10, size, size, 3) in [0, 1]; two, not ten, without corners.
+
+    Each crop is as large as the centre that the network is evaluated on, and resized as that is.
+    """
+    side = crop_side(images, size, crop_fraction)
+    left_over = images.size - side[:, None]
+    corners = [jnp.floor(left_over * jnp.array(place)).astype(jnp.int32) for place in crop_places(images.canvas, size)]
+    crops = [square(images, corner, side, size, interpolation) for corner in corners]
     return jnp.stack([*crops, *(crop[:, :, ::-1] for crop in crops)], axis=1)
 
 

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ssl_kd.bench import flops_of
-from ssl_kd.checkpoint import array_digest
 from ssl_kd.data.sources import arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import console
@@ -19,8 +18,8 @@ from ssl_kd.models.embed import pooled_features
 from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.health import health
-from ssl_kd.trained import load_network
-from ssl_kd.weights.files import FROM_FILE, FROM_HUB, WeightFile, locate, read_network, split_source, write_network
+from ssl_kd.trained import load_source
+from ssl_kd.weights.files import FROM_FILE, WeightFile, read_source, write_network
 from ssl_kd.weights.layouts import LAYOUTS, TIMM_MODELS
 
 VERIFIED_IMAGES, LEAST_RANK = 64, 1.5
@@ -50,7 +49,7 @@ def show_models() -> None:
 
 def inspect(source: str, model: str = "") -> None:
     """Prints what a file holds and which network it is. Raises UserError where it is none whole."""
-    show(read(source, model))
+    show(read_source(source, model, classifier=True))
 
 
 def convert(source: str, out: str, model: str = "", licence: str = "") -> None:
@@ -61,7 +60,7 @@ def convert(source: str, out: str, model: str = "", licence: str = "") -> None:
     """
     if not out.endswith(".safetensors"):
         raise UserError(f"{out!r} must end in .safetensors: that is what is written.")
-    found = read(source, model)
+    found = read_source(source, model, classifier=True)
     licence = licence or str(found.about.get("license", "unknown"))
     about = found.about | {"source": source, "licence": licence}
     write_network(Path(out), found.spec, found.variables, found.image_size, about)
@@ -75,15 +74,15 @@ def verify(file: str) -> None:
     Raises:
       UserError: where it does not.
     """
-    found = read(FROM_FILE + file)
+    found = read_source(FROM_FILE + file, classifier=True)
     if "digest" not in found.about:
         raise UserError(f"{file} was not written here, so there is no digest to compare: convert it first.")
-    if array_digest(found.variables) != found.about["digest"]:
+    if found.digest != found.about["digest"]:
         raise UserError(
             f"the weights in {file} are not those that were written: make it from {found.about['source']} again."
         )
     show(found)
-    images, _ = arrays(open_source("embedded", f"test[:{VERIFIED_IMAGES}]", 0))
+    images, _ = arrays(open_source("embedded", f"test[:{VERIFIED_IMAGES}]"))
     apply = Partial(pooled_features(found.spec, found.image_size), found.variables)
     rank = health(extract(apply, images, batch_size=8))["effective_rank"]
     if rank < LEAST_RANK:
@@ -91,18 +90,19 @@ def verify(file: str) -> None:
     console.print(f"Weights as written; {VERIFIED_IMAGES} images give features of effective rank {rank:.1f}.")
 
 
-def export(source: str, out: Path, names: str, network: str = "", step: int | None = None) -> None:
-    """Writes a network of a run, or of a file, under another program's names.
+def export(source: str, out: Path, names: str, model: str = "", network: str = "", step: int | None = None) -> None:
+    """Writes a network of a run, or of a file with its classifier, under another program's names.
+
+    Args:
+      source: as for `load_source`; model, network and step choose in it.
 
     Raises:
       UserError: for a network that the program does not have, or one that is not there.
     """
-    foreign = source.startswith((FROM_FILE, FROM_HUB))
-    found = read(source) if foreign else load_network(source, network, step)
+    found = load_source(source, model, network, step, classifier=True)
     spec = found.spec
     layout = names_for(names, spec.name)
-    about = {**found.about, "source": source} if isinstance(found, WeightFile) else {"source": source}
-    write_network(out, spec, found.variables, found.image_size, about, layout)
+    write_network(out, spec, found.variables, found.image_size, {**found.origin, "source": source}, layout)
     console.print(f"{spec.name} written to {out} in the naming of {LAYOUTS[layout].about}.")
     if names != "ssl_kd" and (spec.width, spec.stem) != (1.0, "imagenet"):
         console.print(
@@ -113,7 +113,7 @@ def export(source: str, out: Path, names: str, network: str = "", step: int | No
         size = f", img_size={found.image_size}" if spec.backbone().transformer else ""
         there = f"timm.create_model({TIMM_MODELS[spec.name]!r}, num_classes={spec.classes}{size})"
         console.print(f"Load: {there}.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
-    console.print(f"It takes (RGB − {numbers(spec.mean)}) / {numbers(spec.std)}, RGB in [0, 1].")
+    console.print(f"It takes {taken(spec)}.")
 
 
 def names_for(program: str, model: str) -> str:
@@ -128,16 +128,6 @@ def names_for(program: str, model: str) -> str:
     raise UserError(f"{program} has no model {model!r}: choose --names=ssl_kd.")
 
 
-def read(source: str, model: str = "") -> WeightFile:
-    """The network of a file with its classifier."""
-    if not source.startswith((FROM_FILE, FROM_HUB)):
-        raise UserError(f"{source!r} is no source of weights: write file:PATH or hf:OWNER/REPOSITORY/FILE.")
-    if model and model not in MODELS:
-        raise UserError(f"--model={model!r} is unknown: choose one of {', '.join(MODELS)}.")
-    where, key = split_source(source)
-    return read_network(locate(where), model, key=key, classifier=True)
-
-
 def show(found: WeightFile) -> None:
     spec, about = found.spec, found.about
     count = sum(x.size for x in jax.tree.leaves(found.variables["params"]))
@@ -147,9 +137,10 @@ def show(found: WeightFile) -> None:
         "names": LAYOUTS[found.layout].about + (f", after {found.prefix!r}" if found.prefix else ""),
         "projection head": head,
         "classifier": f"{spec.classes} classes" if spec.classes else "none",
-        "takes": f"(RGB − {numbers(spec.mean)}) / {numbers(spec.std)}, RGB in [0, 1]",
+        "takes": taken(spec),
+        "digest": found.digest,
         "not used": f"{len(found.aside)} entries, as {', '.join(found.aside[:3])}" if found.aside else "nothing",
-        **{key: str(value) for key, value in about.items()},
+        **{key: str(value) for key, value in about.items() if key != "digest"},
     }
     table = Table(show_header=False)
     for name, value in rows.items():
@@ -157,5 +148,10 @@ def show(found: WeightFile) -> None:
     console.print(table)
 
 
-def numbers(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values) + ")"
+def taken(spec: NetworkSpec) -> str:
+    """What a network takes, and how it is evaluated."""
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (spec.mean, spec.std))
+    return (
+        f"(RGB − ({mean})) / ({std}), RGB in [0, 1], resized by {spec.interpolation} interpolation; evaluated on the "
+        f"centre, {spec.crop_fraction:.4g} of the shorter side"
+    )

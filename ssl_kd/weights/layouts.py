@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from ssl_kd.models import IMAGENET_MEAN, IMAGENET_STD
 
@@ -31,6 +30,7 @@ class Layout:
       prefixes: what its files put before names, where that tells them from another program's; () = anything usual.
       detected: whether a file without our metadata may be taken to have it.
       mean, std: of the RGB values in [0, 1] that its networks are trained on.
+      interpolation: by which that program resizes images; the centre that it evaluates is 7 / 8 of them in all.
     """
 
     about: str
@@ -43,6 +43,7 @@ class Layout:
     detected: bool = True
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bilinear"
 
 
 _EFFICIENTNET_PYTORCH = Layout(
@@ -65,12 +66,17 @@ _EFFICIENTNET_PYTORCH = Layout(
         "project.conv": "_blocks.{index}._project_conv",
         "project.bn": "_blocks.{index}._bn2",
     },
+    interpolation="bicubic",
+)
+_TIMM = Layout(
+    "timm", models="^(?!alexnet|shufflenet|.*_tv$|resnet50w2|tf_efficientnet_lite0)", interpolation="bicubic"
 )
 
 LAYOUTS: dict[str, Layout] = {
     "moco_v1": Layout("MoCo-v1", rows=((r"^projection\.fc\.", "fc."),), head="linear", prefixes=("encoder_q.",)),
-    "timm": Layout("timm", models="^(?!alexnet|shufflenet|.*_tv$|resnet50w2)"),
     "torchvision": Layout("torchvision", models=r"^(alexnet_tv|resnet\d+|shufflenet\w+)$"),
+    "timm": _TIMM,
+    "timm_lite": dataclasses.replace(_TIMM, models="^tf_efficientnet_lite0$", mean=(0.5,) * 3, std=(0.5,) * 3),
     "ssl_kd": Layout("ssl_kd, with its heads", detected=False),
     "moco_v2": Layout(
         "MoCo-v2",
@@ -100,8 +106,9 @@ LAYOUTS: dict[str, Layout] = {
             (r"^projection\.last\.(.)$", r"head.last_layer.weight_\1"),
         ),
         head="dino",
+        interpolation="bicubic",
     ),
-    "dinov2": Layout("DINOv2", models="dinov2", rows=((r"^reg_token$", "register_tokens"),)),
+    "dinov2": Layout("DINOv2", models="dinov2", rows=((r"^reg_token$", "register_tokens"),), interpolation="bicubic"),
     "torchvision_v3": Layout(
         "torchvision's MobileNetV3",
         models="^mobilenet_v3_.*_tv$",
@@ -163,7 +170,10 @@ LAYOUTS: dict[str, Layout] = {
         detected=False,  # its own weights take BGR in [0, 255] and stride elsewhere
     ),
 }
-"""Layouts by name, in the order in which a file is compared with them; the first that fits best is taken."""
+"""Layouts by name, in the order in which a file is compared with them; the first that fits best is taken.
+
+So a ResNet, which timm and all who train on calls as torchvision does, is taken to be prepared for as torchvision does.
+"""
 
 PREFIXES = ("module.", "encoder_q.", "encoder.", "backbone.", "model.", "_orig_mod.")
 """What training programs put before every name, up to MOST_PREFIXES of them in any order."""
@@ -202,9 +212,9 @@ def our_name(*path: str) -> str:
     return re.sub(r"^patch_embed\.(?!proj\.)", "patch_embed.proj.", name)
 
 
-def our_names(variables: Any) -> dict[str, tuple[str, ...]]:
-    """Our name of every weight of a network → its path in {'params', 'batch_stats'}."""
-    return {our_name(*_PARTS.get(path[1], path[1:2]), *path[2:]): path for path in flatten_dict(variables)}
+def our_names(places: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Our names of a network's weights → their paths in {'params', 'batch_stats'}, which are given."""
+    return {our_name(*_PARTS.get(path[1], path[1:2]), *path[2:]): path for path in places}
 
 
 def renamed(names: Iterable[str], layout: Layout) -> dict[str, str]:
@@ -273,3 +283,41 @@ TIMM_MODELS = {
     "vit_base_reg4_dinov2": "vit_base_patch14_reg4_dinov2",
 }
 """Key of MODELS → name for timm.create_model, of the models that timm has."""
+
+BACKBONE_WEIGHTS = {
+    "alexnet": (29, 5),
+    "alexnet_tv": (14, 5),
+    "efficientnet_b0": (309, 81),
+    "efficientnet_b1": (437, 115),
+    "efficientnet_lite0": (245, 49),
+    "mobilenet_v2": (260, 52),
+    "mobilenet_v3_large": (264, 63),
+    "mobilenet_v3_large_tv": (264, 63),
+    "mobilenet_v3_small": (208, 53),
+    "mobilenet_v3_small_tv": (208, 53),
+    "resnet18": (100, 20),
+    "resnet34": (180, 36),
+    "resnet50": (265, 53),
+    "resnet50w2": (265, 53),
+    "resnet101": (520, 104),
+    "resnet152": (775, 155),
+    "shufflenet_v2_x0_5": (280, 56),
+    "shufflenet_v2_x1_0": (280, 56),
+    "tf_efficientnet_b0": (309, 81),
+    "tf_efficientnet_b1": (437, 115),
+    "tf_efficientnet_lite0": (245, 49),
+    "vit_tiny": (150, 1),
+    "vit_small": (150, 1),
+    "vit_base": (150, 1),
+    "vit_small_dinov2": (174, 1),
+    "vit_base_dinov2": (174, 1),
+    "vit_small_reg4_dinov2": (175, 1),
+    "vit_base_reg4_dinov2": (175, 1),
+}
+"""Key of MODELS → how many weights and statistics its backbone has, and how many of these are kernels of convolutions.
+
+It spares detection most models; without a row, a model takes longer to be found.
+"""
+
+MOST_OTHER_WEIGHTS = 10
+"""Weights of a projection head and a classifier together, in any layout."""

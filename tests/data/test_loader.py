@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,50 +16,52 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
-from ssl_kd.data.loader import Loader, decide_resident, epoch_order
+from ssl_kd.data import loader as module
+from ssl_kd.data.loader import Loader, epoch_order, own_rows
 from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
 
 N, B = 43, 8
 S = N // B
+BROKEN = 1
+"""Row of the split 'broken', of 143, that opening the set does not look at."""
 
 
 def png(value: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.full((3, 4, 3), value, np.uint8)).save(out, "PNG")
+    Image.fromarray(np.full((3 + value % 2, 4, 3), value, np.uint8)).save(out, "PNG")
     return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A parquet set whose image i is all i, labelled i % 7; its split 'broken' cannot read row 5."""
+    """A parquet set whose image i is all i, 4 wide and 3 + i % 2 high, labelled i % 7; its split 'broken' has junk."""
     path = tmp_path_factory.mktemp("images")
     images = [png(i) for i in range(N)]
-    for split, cells in (("train", images), ("broken", [*images[:5], b"junk", *images[6:]])):
-        table = pa.table({"image": pa.array(cells, pa.binary()), "label": np.arange(N) % 7})
+    broken = [*images, *[images[0]] * 100]
+    broken[BROKEN] = b"junk"
+    for split, cells in (("train", images), ("broken", broken)):
+        table = pa.table({"image": pa.array(cells, pa.binary()), "label": np.arange(len(cells)) % 7})
         pq.write_table(table, path / f"{split}.parquet", row_group_size=10)
     return path
 
 
 @pytest.fixture(scope="module")
 def source(directory):
-    return open_source(f"hf:{directory}", "train")
+    return open_source(f"hf:{directory}", "train", canvas=4)
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def host(batches) -> list[dict[str, np.ndarray]]:
-    return [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
+def host(batches) -> list[dict[str, Any]]:
+    return [jax.device_get(batch) for batch in batches]
 
 
 def assert_same(got: list[dict], want: list[dict]) -> None:
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_epoch_order_is_a_fixed_permutation():
@@ -79,7 +82,7 @@ def test_epoch_orders_are_unrelated():
 
 
 def test_streaming_follows_the_order_law(source):
-    loader = Loader(source, batch_size=B, seed=3, mesh=None, resident=False)
+    loader = Loader(source, batch_size=B, seed=3, mesh=None, resident="streamed")
     assert loader.steps_per_epoch == S == 5 and loader.data is None
     batches = host(loader.batches(0, 3 * S))
     for t, batch in enumerate(batches):  # the law, written out
@@ -87,8 +90,13 @@ def test_streaming_follows_the_order_law(source):
         want = np.array([order[(t % S) * B + k] for k in range(B)])
         np.testing.assert_array_equal(batch["index"], want)
         np.testing.assert_array_equal(batch["label"], want % 7)
-        np.testing.assert_array_equal(batch["image"], np.broadcast_to(want[:, None, None, None], (B, 3, 4, 3)))
-        assert [batch[name].dtype for name in ("image", "label", "index")] == [np.uint8, np.int32, np.int32]
+        np.testing.assert_array_equal(batch["image"].size, [(3 + i % 2, 4) for i in want])
+        for i, pixels in zip(want, batch["image"].pixels, strict=True):
+            assert pixels.shape == (6, 6, 3)  # a square of 3/2 of 4
+            np.testing.assert_array_equal(pixels[: 3 + i % 2, :4], i)
+            assert pixels.sum() == i * (3 + i % 2) * 4 * 3  # and nothing beyond
+        types = [x.dtype for x in jax.tree.leaves((batch["image"], batch["label"], batch["index"]))]
+        assert types == [np.uint8, np.int32, np.int32, np.int32]
     for epoch in range(3):  # an image at most once an epoch
         seen = np.concatenate([batch["index"] for batch in batches[epoch * S : (epoch + 1) * S]])
         assert len(np.unique(seen)) == S * B
@@ -96,53 +104,87 @@ def test_streaming_follows_the_order_law(source):
 
 @pytest.mark.parametrize("start", [1, S - 1, S, 2 * S + 3])
 def test_starting_anywhere_continues_the_same_sequence(source, start):
-    make = lambda: Loader(source, batch_size=B, seed=3, mesh=None, resident=False)  # noqa: E731
+    make = lambda: Loader(source, batch_size=B, seed=3, mesh=None, resident="streamed")  # noqa: E731
     assert_same(host(make().batches(start, start + 4)), host(make().batches(0, start + 4))[start:])
 
 
-def test_resident_equals_streaming(source):
+@pytest.mark.parametrize(("resident", "rows"), [("replicated", N), ("sharded", N + 1)])
+def test_resident_equals_streaming(source, resident, rows):
     mesh = mesh_of(4)
-    resident = Loader(source, batch_size=B, seed=9, mesh=mesh, resident=True)
-    streaming = Loader(source, batch_size=B, seed=9, mesh=mesh, resident=False)
-    assert resident.data["image"].sharding == NamedSharding(mesh, PartitionSpec())
-    data = jax.device_get(resident.data)
-    assert data["image"].shape == (N, 3, 4, 3) and data["image"].dtype == np.uint8
-    indices = host(resident.batches(2, 9))
-    gathered = [{name: data[name][b["index"]] for name in data} | b for b in indices]
-    assert_same(gathered, host(streaming.batches(2, 9)))
+    held = Loader(source, batch_size=B, seed=9, mesh=mesh, resident=resident)
+    streaming = Loader(source, batch_size=B, seed=9, mesh=mesh, resident="streamed")
+    spec = PartitionSpec("data") if resident == "sharded" else PartitionSpec()
+    assert all(x.sharding == NamedSharding(mesh, spec) for x in jax.tree.leaves(held.data.image))
+    assert held.data.image.pixels.shape == (rows, 6, 6, 3) and held.data.label.shape == (N,)
+    indices = list(held.batches(2, 9))
     assert all(batch.keys() == {"index"} for batch in indices)
+    take = jax.jit(lambda data, index: {"image": data.take(index), "label": data.label[index], "index": index})
+    assert_same(host(take(held.data, batch["index"]) for batch in indices), host(streaming.batches(2, 9)))
 
 
-@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("resident", ["replicated", "sharded", "streamed"])
 def test_eight_devices_equal_one(source, resident):
     one, eight = (Loader(source, batch_size=B, seed=1, mesh=mesh_of(n), resident=resident) for n in (1, 8))
     batches = list(eight.batches(3, 7))
     for batch in batches:
-        for value in batch.values():
+        for value in jax.tree.leaves(batch):
             assert value.sharding == NamedSharding(mesh_of(8), PartitionSpec("data"))
             assert [shard.data.shape[0] for shard in value.addressable_shards] == [1] * 8
     assert_same(host(batches), host(one.batches(3, 7)))
 
 
-def test_worker_processes_change_nothing(source):
-    loader = Loader(source, batch_size=B, seed=3, mesh=mesh_of(2), resident=False, workers=2)
-    threads = Loader(source, batch_size=B, seed=3, mesh=mesh_of(2), resident=False)
-    assert_same(host(loader.batches(3, 10)), host(threads.batches(3, 10)))
+def test_the_number_of_worker_processes_changes_nothing(source):
+    threads, one, two = (
+        Loader(source, batch_size=B, seed=3, mesh=mesh_of(2), resident="streamed", workers=workers)
+        for workers in (0, 1, 2)
+    )
+    expected = host(threads.batches(3, 10))
+    assert_same(host(one.batches(3, 10)), expected)
+    assert_same(host(two.batches(3, 10)), expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_every_batch(source, processes, monkeypatch):
+    """Each with an equal share of 8 devices; together they read an epoch's images once, in the order of one process."""
+    whole = Loader(source, batch_size=B, seed=3, mesh=mesh_of(8), resident="streamed")
+    expected = np.stack([whole._host.indices(step) for step in range(S)])
+    shares = []
+    for process in range(processes):
+
+        class Sharding(NamedSharding):
+            def addressable_devices_indices_map(self, shape, process=process):
+                every = self.devices_indices_map(shape)
+                return {d: index for d, index in every.items() if d.id * processes // 8 == process}
+
+        monkeypatch.setattr(module, "NamedSharding", Sharding)
+        share = Loader(source, batch_size=B, seed=3, mesh=mesh_of(8), resident="streamed")._host
+        batches = [share(step) for step in range(S)]
+        shares.append(np.stack([batch["index"] for batch in batches]))
+        assert shares[-1].shape == (S, B // processes)
+        assert all(len(batch["image"]) == B // processes for batch in batches)
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), expected)
+    assert len(np.unique(expected)) == S * B
+    assert own_rows(B, mesh_of(8)).shape == (B // processes,)  # as the last of them
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_a_user_error(directory, workers):
     loader = Loader(
-        open_source(f"hf:{directory}", "broken"), batch_size=B, seed=3, mesh=None, resident=False, workers=workers
+        open_source(f"hf:{directory}", "broken", canvas=4),
+        batch_size=B,
+        seed=3,
+        mesh=None,
+        resident="streamed",
+        workers=workers,
     )
     with pytest.raises(UserError) as error:
-        list(loader.batches(0, S + 1))
-    sentence = f"row 5 of {directory}/broken.parquet is not a readable image (cannot identify image file)"
-    assert str(error.value) == f"{sentence}; restore or remove it"
+        list(loader.batches(0, 2 * loader.steps_per_epoch))
+    assert str(error.value).startswith(f"row {BROKEN} of {directory}/broken.parquet is not a readable image (")
+    assert str(error.value).endswith("; restore or remove it")
 
 
 def test_a_loop_left_early_leaves_no_threads(source):
-    loader = Loader(source, batch_size=B, seed=3, mesh=None, resident=False)
+    loader = Loader(source, batch_size=B, seed=3, mesh=None, resident="streamed")
     for _ in loader.batches(0, 1000):
         break
     with pytest.raises(ZeroDivisionError):
@@ -162,7 +204,7 @@ from ssl_kd.data.sources import open_source
 
 if __name__ == "__main__":
     source = open_source(f"hf:{sys.argv[1]}", "train")
-    loader = Loader(source, batch_size=8, seed=3, mesh=None, resident=False, workers=int(sys.argv[2]))
+    loader = Loader(source, batch_size=8, seed=3, mesh=None, resident="streamed", workers=int(sys.argv[2]))
     batches = loader.batches(0, 1000)
     print(next(batches)["index"].tolist())
     if sys.argv[3] == "raise":
@@ -187,23 +229,9 @@ def test_a_script_that_ends_mid_epoch_ends_quietly(tmp_path, directory, workers,
 @pytest.mark.parametrize("batch_size", [0, N + 1])
 def test_batch_size_beyond_the_set(source, batch_size):
     with pytest.raises(UserError, match=f"batch_size={batch_size} must be between 1 and the {N} images"):
-        Loader(source, batch_size=batch_size, seed=0, mesh=None, resident=False)
+        Loader(source, batch_size=batch_size, seed=0, mesh=None, resident="streamed")
 
 
 def test_batch_size_that_does_not_divide(source):
     with pytest.raises(UserError, match="batch_size=12 must be a multiple of the mesh's 8 devices"):
-        Loader(source, batch_size=12, seed=0, mesh=mesh_of(8), resident=True)
-
-
-def test_decide_resident(monkeypatch):
-    assert decide_resident("on", 1 << 50) and not decide_resident("off", 0)
-    assert decide_resident("auto", 2 << 30) and not decide_resident("auto", (2 << 30) + 1)  # CPU reports no memory
-
-    class Device:
-        def memory_stats(self):
-            return {"bytes_limit": 1000, "bytes_in_use": 200}
-
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert decide_resident("auto", 200) and not decide_resident("auto", 201)
-    with pytest.raises(UserError, match=r"data.resident='yes'"):
-        decide_resident("yes", 0)
+        Loader(source, batch_size=12, seed=0, mesh=mesh_of(8), resident="replicated")

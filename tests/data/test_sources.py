@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ssl_kd.data.readers import ParquetReader
-from ssl_kd.data.sources import arrays, open_source
+from ssl_kd.data.readers.parquet import ParquetReader
+from ssl_kd.data.sources import Source, arrays, open_source
 from ssl_kd.errors import UserError
 
 
@@ -21,6 +21,13 @@ def encode(image: np.ndarray, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
     Image.fromarray(image).save(out, kind, **options)
     return out.getvalue()
+
+
+def decoded(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Images of one size, uint8 (N, H, W, 3), and their labels."""
+    images, labels = arrays(source)
+    np.testing.assert_array_equal(images.size, np.broadcast_to(source.canvas, (len(source), 2)))
+    return images.pixels, labels
 
 
 def noise(n: int, h: int, w: int, seed: int = 0) -> np.ndarray:
@@ -49,7 +56,7 @@ def write_raw(path, **columns):
 
 @pytest.fixture(scope="module")
 def embedded():
-    return {split: arrays(open_source("embedded", split)) for split in ("train", "test")}
+    return {split: decoded(open_source("embedded", split)) for split in ("train", "test")}
 
 
 @pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 400)])
@@ -79,12 +86,13 @@ def test_embedded_labels_belong_to_the_images(embedded):
 def test_embedded_prefixes_are_balanced_and_items_are_rows(embedded):
     source = open_source("embedded", "train[100:150]")
     assert len(source) == 50
-    item = source[7]
-    np.testing.assert_array_equal(item["image"], embedded["train"][0][107])
-    assert item["label"] == embedded["train"][1][107] == 7 and item["index"] == 7 and item["index"].dtype == np.int32
-    np.testing.assert_array_equal(np.bincount(arrays(source)[1]), [5] * 10)
+    np.testing.assert_array_equal(source.image(7), embedded["train"][0][107])
+    assert source.label(7) == source.labels()[7] == embedded["train"][1][107] == 7
+    np.testing.assert_array_equal(np.bincount(decoded(source)[1]), [5] * 10)
     with pytest.raises(IndexError):
-        source[50]
+        source.image(50)
+    some = source.take(np.array([7, 7, 0]))
+    np.testing.assert_array_equal(decoded(some)[0], embedded["train"][0][[107, 107, 100]])
 
 
 # --- slices -------------------------------------------------------------------------------------------------------
@@ -104,8 +112,7 @@ def test_embedded_prefixes_are_balanced_and_items_are_rows(embedded):
     ],
 )
 def test_slices(split, rows):
-    source = open_source("embedded", split)
-    assert (source.start, source.stop) == (rows.start, rows.stop)
+    np.testing.assert_array_equal(open_source("embedded", split).rows, rows)
 
 
 @pytest.mark.parametrize(
@@ -131,16 +138,16 @@ def test_bad_slices(split, message):
 
 @pytest.mark.parametrize("spec", ["cifar10", "embedded:x", "hf", "hf:", "tfds:", "synthetic", "", "HF:x"])
 def test_unknown_spec_lists_the_valid_ones(spec):
-    with pytest.raises(UserError, match=r"'embedded', 'hf:PATH', 'tfds:NAME' or 'synthetic:SIDExCOUNT'"):
+    with pytest.raises(UserError, match=r"'embedded', 'folder:PATH', .*'tfds:NAME' or 'synthetic:SIDExCOUNT'"):
         open_source(spec, "train")
 
 
 def test_synthetic_images_are_functions_of_split_and_row():
     train, again, test = (open_source("synthetic:6x20", split) for split in ("train", "train[5:]", "test"))
-    assert len(train) == 20 and train.image_shape == (6, 6, 3) and train.num_classes == 10
-    np.testing.assert_array_equal(train[7]["image"], again[2]["image"])
-    assert train[13]["label"] == 3
-    assert (train[7]["image"] != test[7]["image"]).any() and (train[7]["image"] != train[8]["image"]).any()
+    assert len(train) == 20 and train.canvas == (6, 6) and train.num_classes == 10
+    np.testing.assert_array_equal(train.image(7), again.image(2))
+    assert train.label(13) == 3
+    assert (train.image(7) != test.image(7)).any() and (train.image(7) != train.image(8)).any()
 
 
 @pytest.mark.parametrize("name", ["64", "64x", "x3", "0x4", "axb"])
@@ -149,9 +156,10 @@ def test_synthetic_needs_side_and_count(name):
         open_source(f"synthetic:{name}", "train")
 
 
-def test_negative_canvas():
-    with pytest.raises(UserError, match=r"data.canvas=-1"):
-        open_source("embedded", "train", canvas=-1)
+@pytest.mark.parametrize("canvas", [0, -1])
+def test_a_canvas_without_pixels(canvas):
+    with pytest.raises(UserError, match=rf"data.canvas={canvas} must be 0 \(8/7 of the largest view\) or a side"):
+        open_source("embedded", "train", canvas)
 
 
 # --- parquet ------------------------------------------------------------------------------------------------------
@@ -171,10 +179,10 @@ def test_parquet_files_and_row_groups_in_order(tmp_path, folder):
             label="fine",
         )
     source = open_source(f"hf:{tmp_path}", "train")
-    got, labels = arrays(source)
+    got, labels = decoded(source)
     np.testing.assert_array_equal(got, images)
     np.testing.assert_array_equal(labels, np.arange(20) % 5)
-    assert source.num_classes == 6 and source.image_shape == (5, 4, 3)  # six declared, five seen
+    assert source.num_classes == 6 and source.canvas == (5, 4)  # six declared, five seen
 
 
 def test_parquet_cache_of_one_group_and_pickling(tmp_path, monkeypatch):
@@ -183,10 +191,10 @@ def test_parquet_cache_of_one_group_and_pickling(tmp_path, monkeypatch):
     monkeypatch.setattr(ParquetReader, "CACHE_BYTES", 1)
     source = open_source(f"hf:{tmp_path}", "train[2:]")
     for i in np.random.default_rng(1).permutation(18):
-        np.testing.assert_array_equal(source[i]["image"], images[i + 2])
-        assert source[i]["label"] == -1
+        np.testing.assert_array_equal(source.image(i), images[i + 2])
+        assert source.label(i) == -1
     assert len(source.reader._cache) == 1 and source.num_classes is None
-    np.testing.assert_array_equal(arrays(pickle.loads(pickle.dumps(source)))[0], images[2:])
+    np.testing.assert_array_equal(decoded(pickle.loads(pickle.dumps(source)))[0], images[2:])
 
 
 def test_parquet_columns_without_metadata(tmp_path):
@@ -199,7 +207,7 @@ def test_parquet_columns_without_metadata(tmp_path):
         label=pa.array([2, None, 0, 1]),
     )
     source = open_source(f"hf:{tmp_path}", "train")
-    got, labels = arrays(source)
+    got, labels = decoded(source)
     np.testing.assert_array_equal(got, images)
     np.testing.assert_array_equal(labels, [2, -1, 0, 1])
     assert source.num_classes == 3
@@ -232,26 +240,8 @@ def test_image_encodings(tmp_path):
     write_parquet(tmp_path / "train.parquet", [data for data, _ in files.values()] + [cmyk.getvalue()])
     source = open_source(f"hf:{tmp_path}", "train")
     for i, (name, (_, want)) in enumerate(files.items()):
-        np.testing.assert_array_equal(source[i]["image"], np.asarray(want), err_msg=name)
-    assert np.abs(source[len(files)]["image"].astype(int) - smooth).mean() < 4
-
-
-def test_canvas_is_the_shorter_side_resized_and_centre_cropped(tmp_path):
-    wide = noise(1, 12, 28)[0]
-    write_parquet(tmp_path / "train.parquet", [encode(wide), encode(wide.transpose(1, 0, 2)), encode(wide[:, :12])])
-    source = open_source(f"hf:{tmp_path}", "train", canvas=6)
-    halved = np.asarray(Image.fromarray(wide).resize((14, 6), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(source[0]["image"], halved[:, 4:10])
-    halved = np.asarray(Image.fromarray(wide.transpose(1, 0, 2)).resize((6, 14), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(source[1]["image"], halved[4:10])
-    same = open_source(f"hf:{tmp_path}", "train[2:]", canvas=12)
-    np.testing.assert_array_equal(same[0]["image"], wide[:, :12])  # canvas size already: untouched
-
-
-def test_images_of_several_sizes_need_a_canvas(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [encode(noise(1, 4, 4)[0]), encode(noise(1, 4, 5)[0])])
-    with pytest.raises(UserError, match=r"row 1 of .*train.parquet is 5x4 pixels, others are 4x4; set data.canvas"):
-        arrays(open_source(f"hf:{tmp_path}", "train"))
+        np.testing.assert_array_equal(source.image(i), np.asarray(want), err_msg=name)
+    assert np.abs(source.image(len(files)).astype(int) - smooth).mean() < 4
 
 
 def test_missing_directory_and_split(tmp_path):
@@ -287,7 +277,7 @@ def test_truncated_or_corrupt_parquet_names_the_file(tmp_path):
     damaged[4:64] = b"\xff" * 60  # the first page's header
     file.write_bytes(damaged)
     with pytest.raises(UserError, match=r"train-00000-of-00001.parquet is corrupt or truncated"):
-        arrays(open_source(f"hf:{tmp_path}", "train"))
+        decoded(open_source(f"hf:{tmp_path}", "train"))
 
 
 @pytest.mark.parametrize("kind", ["jpeg cut", "png cut", "text", "empty", "null"])
@@ -298,7 +288,7 @@ def test_corrupt_image_names_file_and_row(tmp_path, kind):
     write_parquet(tmp_path / "train-00000-of-00002.parquet", [png] * 5)
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [png] * 4 + [bad])
     with pytest.raises(UserError, match=r"row 4 of .*train-00001-of-00002.parquet (is not a readable|has no image)"):
-        arrays(open_source(f"hf:{tmp_path}", "train"))
+        decoded(open_source(f"hf:{tmp_path}", "train"))
 
 
 def test_no_image_column_and_disagreeing_files(tmp_path):
@@ -308,7 +298,7 @@ def test_no_image_column_and_disagreeing_files(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [encode(noise(1, 2, 2)[0])])
     write_parquet(tmp_path / "train-1.parquet", [encode(noise(1, 2, 2)[0])], image="picture")
     with pytest.raises(UserError, match=r"train-1.parquet lacks the column 'image.bytes' of train-0.parquet"):
-        arrays(open_source(f"hf:{tmp_path}", "train"))
+        decoded(open_source(f"hf:{tmp_path}", "train"))
 
 
 def test_label_beyond_the_declared_classes(tmp_path):
@@ -322,6 +312,61 @@ def test_empty_set(tmp_path):
     write_parquet(tmp_path / "train.parquet", [])
     with pytest.raises(UserError, match="empty"):
         open_source(f"hf:{tmp_path}", "train")
+
+
+# --- the canvas ---------------------------------------------------------------------------------------------------
+
+
+def pictures(tmp_path, *sizes: tuple[int, int]) -> tuple[str, list[np.ndarray]]:
+    """A data source of noise of these sizes, and its images."""
+    images = [noise(1, *size, seed=k)[0] for k, size in enumerate(sizes)]
+    write_parquet(tmp_path / "train.parquet", [encode(image) for image in images])
+    return f"hf:{tmp_path}", images
+
+
+@pytest.mark.parametrize("canvas", [12, 20, 224])
+def test_images_of_one_size_have_no_canvas_but_their_own(tmp_path, canvas):
+    spec, images = pictures(tmp_path, *[(12, 15)] * 70)
+    source = open_source(spec, "train", canvas)
+    assert source.canvas == (12, 15) and source.nbytes == 70 * 12 * 15 * 3
+    np.testing.assert_array_equal(decoded(source)[0], images)
+
+
+def test_images_of_one_larger_size_are_reduced_to_one_smaller(tmp_path):
+    spec, images = pictures(tmp_path, *[(24, 30)] * 3)
+    source = open_source(spec, "train", canvas=12)
+    assert source.canvas == (12, 15)
+    for found, image in zip(decoded(source)[0], images, strict=True):
+        halved = Image.fromarray(image).resize((15, 12), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(found, halved)
+
+
+def test_images_of_several_sizes_lie_whole_in_the_corner_of_a_square(tmp_path):
+    """What fits 12 = 3/2 of 8 stays; else shorter sides reduced to 8, longer ones to 12; nothing enlarged or cut."""
+    sizes = {(9, 12): (9, 12), (12, 9): (12, 9), (5, 4): (5, 4), (18, 20): (8, 9), (60, 20): (12, 4), (1, 1): (1, 1)}
+    spec, images = pictures(tmp_path, *sizes)
+    source = open_source(spec, "train", canvas=8)
+    assert source.canvas == (12, 12)
+    found, _ = arrays(source)
+    np.testing.assert_array_equal(found.size, list(sizes.values()))
+    for k, (image, (height, width)) in enumerate(zip(images, sizes.values(), strict=True)):
+        expected = np.zeros((12, 12, 3), np.uint8)
+        reduced = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        expected[:height, :width] = image if image.shape[:2] == (height, width) else reduced
+        np.testing.assert_array_equal(found.pixels[k], expected)
+
+
+def test_an_image_that_was_not_looked_at_fits_all_the_same(tmp_path):
+    """64 of 200 decide on a canvas that lies; among the others one stands, one is larger and one smaller."""
+    sizes = [(12, 15)] * 200
+    standing, larger, smaller, *_ = sorted(set(range(200)) - set(np.linspace(0, 199, 64).astype(int).tolist()))
+    sizes[standing], sizes[larger], sizes[smaller] = (15, 12), (40, 40), (3, 4)
+    spec, _ = pictures(tmp_path, *sizes)
+    source = open_source(spec, "train", canvas=20)
+    assert source.canvas == (12, 15)
+    images, _ = arrays(source)
+    found = {k: tuple(images.size[k]) for k in (standing, larger, smaller)}
+    assert found == {standing: (12, 10), larger: (12, 12), smaller: (3, 4)}
 
 
 # --- TFDS ---------------------------------------------------------------------------------------------------------
@@ -354,8 +399,8 @@ def test_tfds_reads_a_prepared_set_without_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     Tiny(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     source = pickle.loads(pickle.dumps(open_source("tfds:tiny", "train")))
-    got, labels = arrays(source)
-    assert source.num_classes == 3 and source.image_shape == (6, 8, 3)
+    got, labels = decoded(source)
+    assert source.num_classes == 3 and source.canvas == (6, 8)
     order = [next(i for i, image in enumerate(images) if (image == g).all()) for g in got]  # TFDS shuffles by key
     assert sorted(order) == list(range(5))
     np.testing.assert_array_equal(labels, np.array(order) % 3)

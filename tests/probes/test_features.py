@@ -2,32 +2,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import source_of
 from jax.sharding import AxisType
 from jax.tree_util import Partial
 
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.probes.features import extract, require_labels
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (37, 5, 4, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (37, 5, 4, 3), dtype=np.uint8)
+IMAGES = Images.whole(PIXELS)
 
 
 def row_sums(images):
-    return images.astype(jnp.float32).sum(axis=2).reshape(len(images), -1)
+    """With the height, so that every array of an image counts."""
+    return images.pixels.astype(jnp.float32).sum(axis=2).reshape(len(images), -1) + images.size[:, :1]
 
 
-EXPECTED = IMAGES.astype(np.float32).sum(axis=2).reshape(37, -1)
-
-
-class ListSource:
-    def __init__(self, images):
-        self.images, self.read = images, []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        return {"image": self.images[index], "label": 0}
+EXPECTED = PIXELS.astype(np.float32).sum(axis=2).reshape(37, -1) + 5
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 37, 64])
@@ -38,21 +30,21 @@ def test_every_row_in_order_whatever_the_batch(batch_size):
 
 
 def test_a_source_is_read_once_per_image():
-    source = ListSource(IMAGES)
+    source = source_of(PIXELS)
     np.testing.assert_array_equal(extract(row_sums, source, batch_size=8), EXPECTED)
-    assert source.read == [0, *range(37)]  # 0 once more, for the image size
+    assert sorted(source.reader.rows_read) == list(range(37))
 
 
 def test_a_memory_map_is_an_array(tmp_path):
-    np.save(tmp_path / "images.npy", IMAGES)
-    features = extract(row_sums, np.load(tmp_path / "images.npy", mmap_mode="r"), batch_size=8)
+    np.save(tmp_path / "images.npy", PIXELS)
+    features = extract(row_sums, Images.whole(np.load(tmp_path / "images.npy", mmap_mode="r")), batch_size=8)
     np.testing.assert_array_equal(features, EXPECTED)
 
 
-@pytest.mark.parametrize("wrap", [lambda images: images, ListSource])
+@pytest.mark.parametrize("wrap", [Images.whole, source_of])
 def test_a_mesh_gives_the_same_features(wrap):
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
-    np.testing.assert_array_equal(extract(row_sums, wrap(IMAGES), batch_size=9, mesh=mesh), EXPECTED)
+    np.testing.assert_array_equal(extract(row_sums, wrap(PIXELS), batch_size=9, mesh=mesh), EXPECTED)
 
 
 def test_weights_may_lie_on_one_device_of_a_mesh():
@@ -66,7 +58,7 @@ def test_one_compilation_for_all_sets_and_weights():
     traces = []
 
     def scaled(scale, images):
-        traces.append(images.shape)
+        traces.append(images.pixels.shape)
         return scale * row_sums(images)
 
     for size, scale in ((37, 1.0), (16, 2.0), (3, 3.0)):
@@ -90,9 +82,8 @@ def test_progress_counts_images():
     ("images", "message"),
     [
         (IMAGES[:0], "empty"),
-        (IMAGES.astype(np.float32), "uint8"),
-        (IMAGES[..., 0], "uint8"),
-        (ListSource([IMAGES[0], IMAGES[1, :3]]), "image 1 is"),
+        (Images.whole(PIXELS.astype(np.float32)), "uint8"),
+        (Images(PIXELS[..., 0], IMAGES.size), "uint8"),
     ],
 )
 def test_unfit_images_are_a_user_error(images, message):
@@ -101,9 +92,9 @@ def test_unfit_images_are_a_user_error(images, message):
 
 
 def test_features_that_are_not_finite_are_a_user_error():
-    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    images = Images.whole(np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8))
     with pytest.raises(UserError, match="images 16 to 31 are not finite"):
-        extract(lambda x: jnp.where(x[:, 0, 0] == 20, jnp.inf, 0.0), images, batch_size=16)
+        extract(lambda x: jnp.where(x.pixels[:, 0, 0] == 20, jnp.inf, 0.0), images, batch_size=16)
 
 
 @pytest.mark.parametrize(

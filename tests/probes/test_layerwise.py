@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from conftest import tiny_config
+from conftest import source_of, tiny_config
 from jax.sharding import AxisType
+from PIL import Image
 
 from configs import base
 from ssl_kd.checkpoint import Checkpoints, write_json
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.models import MODELS, NetworkSpec, init_network
 from ssl_kd.models.layers import Features
 from ssl_kd.probes import layerwise
@@ -53,31 +55,6 @@ def planted(monkeypatch):
     )
 
 
-@dataclasses.dataclass
-class Pictures:
-    """A source in memory."""
-
-    images: np.ndarray
-    numbers: np.ndarray
-    num_classes: int | None = 2
-
-    @property
-    def image_shape(self):
-        return self.images.shape[1:]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return {"image": self.images[i], "label": np.int32(self.numbers[i]), "index": np.int32(i)}
-
-    def label_of(self, i):
-        return int(self.numbers[i])
-
-    def labels(self):
-        return self.numbers.astype(np.int32)
-
-
 def noise(count, height=SIZE, width=SIZE, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
 
@@ -86,11 +63,11 @@ def upright_or_not(count, seed=0):
     """Noise with a brighter upper half (label 0), and each image upside down (label 1): the mean colour is no help."""
     upright = noise(count // 2, seed=seed) // 2
     upright[:, : SIZE // 2] += 120
-    return Pictures(np.concatenate([upright, upright[:, ::-1]]), np.repeat([0, 1], count // 2))
+    return source_of(np.concatenate([upright, upright[:, ::-1]]), np.repeat([0, 1], count // 2), 2)
 
 
 def guesses(count, seed):
-    return Pictures(noise(count, seed=seed), np.random.default_rng(seed).integers(0, 2, count))
+    return source_of(noise(count, seed=seed), np.random.default_rng(seed).integers(0, 2, count), 2)
 
 
 def mesh_of(devices):
@@ -123,12 +100,12 @@ def test_the_result_is_a_function_of_the_seed(planted):
 def test_streaming_learns_exactly_as_resident(planted, monkeypatch):
     train, test = guesses(40, seed=2), guesses(200, seed=3)
     resident = probed(planted, train, test, epochs=1)
-    monkeypatch.setattr(layerwise, "decide_resident", lambda setting, nbytes: False)
+    monkeypatch.setattr(layerwise, "decide_resident", lambda *_: ("streamed", ""))
     assert probed(planted, train, test, epochs=1) == resident
 
 
 def test_training_and_testing_are_traced_once(planted):
-    larger = Pictures(noise(10, SIZE + 2, SIZE + 3), np.arange(10) % 2)
+    larger = source_of(noise(10, SIZE + 2, SIZE + 3), np.arange(10) % 2, 2)
     probed(planted, upright_or_not(64), larger, devices=8, epochs=3)
     # The shapes of the layers; a step; the ten crops of a batch of 16 // 10 images, rounded up to the devices.
     assert [shape[0] for shape in Planted.traced] == [1, 16, 80]
@@ -137,10 +114,10 @@ def test_training_and_testing_are_traced_once(planted):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"train": Pictures(noise(32), np.full(32, -1), None)}, "training set needs labels"),
-        ({"test": Pictures(noise(9), np.arange(9) - 1, 9)}, "test set needs labels, but 1 of its 9"),
+        ({"train": source_of(noise(32))}, "training set needs labels"),
+        ({"test": source_of(noise(9), np.arange(9) - 1, 9)}, "test set needs labels, but 1 of its 9"),
         ({"train": guesses(12, seed=0)}, "has 12 images and its batches 16"),
-        ({"test": Pictures(noise(9), np.arange(9) % 3, 3)}, "has 2 classes and its test set 3"),
+        ({"test": source_of(noise(9), np.arange(9) % 3, 3)}, "has 2 classes and its test set 3"),
         ({"epochs": 0.0}, "epochs=0.0"),
         ({"epochs": float("nan")}, "epochs=nan"),
     ],
@@ -163,7 +140,7 @@ def test_a_network_that_diverges_on_a_test_image_is_one_sentence(planted):
     probe = LayerProbe(planted.spec, SIZE, 1, 0, mesh_of(1))
     classifiers = probe.create(planted.variables, 2)
     classifiers.weights[1]["kernel"] = jnp.full((3, 2), jnp.inf)
-    classes = jax.jit(probe.predict)(planted.variables, classifiers, noise(4))
+    classes = jax.jit(probe.predict)(planted.variables, classifiers, Images.whole(noise(4)))
     np.testing.assert_array_equal(np.isnan(classes), [[False, True, False]] * 4)  # what `extract` refuses
 
 
@@ -307,7 +284,7 @@ def test_two_steps_are_batch_norm_linear_layer_and_sgd():
 
 
 def test_training_crops_depend_on_seed_step_and_row(planted):
-    batch = {"image": noise(1).repeat(16, 0), "label": np.zeros(16, np.int32)}
+    batch = {"image": Images.whole(noise(1).repeat(16, 0)), "label": np.zeros(16, np.int32)}
 
     def mean_colours(seed, *steps):
         probe = LayerProbe(planted.spec, SIZE, 10, seed, mesh_of(1))
@@ -338,35 +315,52 @@ def test_the_learning_rate_drops_at_the_same_shares_of_any_length(epochs):
 
 def crops_of(images):
     """Back on the scale of uint8."""
-    crops = jax.jit(layerwise.mirrored_crops, static_argnums=1)(images, SIZE)
+    crops = jax.jit(layerwise.mirrored_crops, static_argnums=(1, 2, 3))(images, SIZE, 7 / 8, "bilinear")
     assert crops.dtype == jnp.float32
     return np.round(255 * np.asarray(crops)).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(11, 13), (12, 8), (8, 9)])
+@pytest.mark.parametrize(("height", "width"), [(9, 13), (12, 8), (8, 9)])
 def test_ten_crops_are_corners_and_centre_and_their_mirrors(height, width):
+    """Of the image, whatever its canvas."""
     images = noise(2, height, width)
     places = [((height - SIZE) // 2, (width - SIZE) // 2)]
     places += [(top, left) for top in (0, height - SIZE) for left in (0, width - SIZE)]
-    crops = crops_of(images)
-    assert crops.shape == (2, 10, SIZE, SIZE, 3)
-    for i, (top, left) in enumerate(places):
-        for y in range(SIZE):
-            for x in range(SIZE):
-                pixel = images[:, top + y, left + x]
-                np.testing.assert_array_equal(crops[:, i, y, x], pixel)
-                np.testing.assert_array_equal(crops[:, i + 5, y, SIZE - 1 - x], pixel)
+    larger = noise(2, 15, 14, seed=1)
+    larger[:, :height, :width] = images
+    for crops in (
+        crops_of(Images.whole(images)),
+        crops_of(Images(larger, np.broadcast_to(np.int32([height, width]), (2, 2)))),
+    ):
+        assert crops.shape == (2, 10, SIZE, SIZE, 3)
+        for i, (top, left) in enumerate(places):
+            for y in range(SIZE):
+                for x in range(SIZE):
+                    pixel = images[:, top + y, left + x]
+                    np.testing.assert_array_equal(crops[:, i, y, x], pixel)
+                    np.testing.assert_array_equal(crops[:, i + 5, y, SIZE - 1 - x], pixel)
 
 
-def test_an_image_of_the_size_of_a_crop_has_no_corners():
+def test_crops_of_a_large_image_are_as_large_as_the_centre_it_is_evaluated_on():
+    """7/8 of its shorter side, resized as by Pillow."""
+    image = noise(1, 32, 48)
+    crops = crops_of(Images.whole(image))
+    assert crops.shape == (1, 10, SIZE, SIZE, 3)
+    for found, (top, left) in zip(crops[0], [(2, 10), (0, 0), (0, 20), (4, 0), (4, 20)], strict=False):
+        box = (left, top, left + 28, top + 28)
+        expected = Image.fromarray(image[0]).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box)
+        assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1  # Pillow rounds between the two axes
+
+
+def test_an_image_on_a_canvas_of_the_size_of_a_crop_has_no_corners():
     images = noise(2)
-    np.testing.assert_array_equal(crops_of(images), np.stack([images, images[:, :, ::-1]], 1))
-    assert crops_of(images[:, 1:, 2:]).shape == (2, 2, SIZE, SIZE, 3)  # enlarged
+    np.testing.assert_array_equal(crops_of(Images.whole(images)), np.stack([images, images[:, :, ::-1]], 1))
+    assert crops_of(Images.whole(images[:, 1:, 2:])).shape == (2, 2, SIZE, SIZE, 3)  # enlarged
 
 
 def test_crops_vote_by_the_mean_of_their_logits(planted):
     rng = np.random.default_rng(0)
-    classes, images = 5, noise(40, SIZE + 3, SIZE + 2)
+    classes, images = 5, Images.whole(noise(40, SIZE + 1, SIZE + 2))
     probe = LayerProbe(planted.spec, SIZE, 1, 0, mesh_of(1))
     weights, stats = [], []
     for values, std in ((SIZE * SIZE * 3, 1.0), (3, 0.1), (3, 0.1)):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -17,15 +18,19 @@ from conftest import GOLDEN
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from ssl_kd.checkpoint import Checkpoints, write_json
+from ssl_kd.checkpoint import Checkpoints, array_digest, write_json
+from ssl_kd.command import network_source
 from ssl_kd.errors import UserError
-from ssl_kd.models import MODELS, NetworkSpec, init_network
+from ssl_kd.images import Images
+from ssl_kd.models import MODELS, Network, NetworkSpec, init_network
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.state import create_state
+from ssl_kd.train import fit
 from ssl_kd.trained import at_image_size, load, load_source
 from ssl_kd.weights.commands import convert, export, inspect, names_for, show_models, verify
+from ssl_kd.weights.detect import shapes, torch_shape
 from ssl_kd.weights.files import METADATA, read_network, write_network
-from ssl_kd.weights.layouts import LAYOUTS, our_names, renamed, to_torch
+from ssl_kd.weights.layouts import BACKBONE_WEIGHTS, LAYOUTS, our_names, renamed, to_torch
 
 ROOT = Path(__file__).parents[2]
 NAMES = json.loads((GOLDEN / "weight_names.json").read_text())
@@ -35,18 +40,25 @@ DINOV2_SIZE = 518
 
 def variables_of(spec, image_size=224):
     """Random values in the shapes of a network, none of them what an initialiser or a copy error would leave."""
-    rng = np.random.default_rng(0)
-    shapes = flatten_dict(jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size)))
-    arrays = {place: rng.normal(size=shape.shape).astype(np.float32) for place, shape in shapes.items()}
+    rng, expected = np.random.default_rng(0), shapes(spec, image_size)
+    arrays = {place: rng.normal(size=shape).astype(np.float32) for place, shape in expected.items()}
     arrays |= {place: np.abs(array) for place, array in arrays.items() if place[-1] == "var"}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(arrays)
 
 
 def as_saved(spec, variables, layout, prefix=""):
     """The tensors of a file that another program would have written."""
-    places, arrays = our_names(variables), flatten_dict(variables)
+    arrays = flatten_dict(variables)
+    places = our_names(arrays)
     names = renamed(places, LAYOUTS[layout])
     return {prefix + names[n]: np.ascontiguousarray(to_torch(place, arrays[place])) for n, place in places.items()}
+
+
+def launch(name, *arguments, **environment):
+    """A launcher as a user runs it."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, f"launch/{name}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def keep_models(monkeypatch, *names):
@@ -62,26 +74,42 @@ def assert_equal(found, variables):
         np.testing.assert_array_equal(ours[place], array, err_msg=str(place))
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NetworkSpec("tiny", head="mlp_bn", dim=8, classes=3),
+        NetworkSpec("tiny_vit", stem="small", head="dino", head_hidden=8, dim=4),
+        NetworkSpec("tiny", width=0.125, stem="small_s2", head="linear", dim=4, thead=16, classes=2),
+    ],
+    ids=lambda spec: spec.head,
+)
+def test_shapes_are_those_of_the_network(spec):
+    variables = jax.eval_shape(lambda: init_network(spec, jax.random.key(0), 16))
+    assert shapes(spec, 16) == {place: leaf.shape for place, leaf in flatten_dict(variables).items()}
+
+
 @pytest.mark.parametrize(("program", "model"), RENAMED, ids=map("-".join, RENAMED))
 def test_names_and_shapes_are_those_of_timm_and_torchvision(program, model):
     """Recorded from the real ones by benchmarks/weight_round_trip.py, which also takes every weight there and back."""
     dinov2 = "dinov2" in model
     spec = NetworkSpec(model, head="none", classes=0 if dinov2 else 1000)
     size = DINOV2_SIZE if dinov2 else 224
-    variables = jax.eval_shape(lambda: init_network(spec, jax.random.key(0), size))
-    layout = LAYOUTS[names_for(program, model)]
-    places, shapes = our_names(variables), flatten_dict(variables)
+    layout, found = LAYOUTS[names_for(program, model)], shapes(spec, size)
+    counts = len(found) - 2 * bool(spec.classes), sum(len(shape) == 4 for shape in found.values())
+    assert counts == BACKBONE_WEIGHTS[model]
+    places = our_names(found)
     lines = []
     for name, theirs in renamed(places, layout).items():
-        shape = to_torch(places[name], np.broadcast_to(np.float32(0), shapes[places[name]].shape)).shape
+        shape = torch_shape(places[name], found[places[name]])
         lines.append(f"{theirs} {list(shape[:2] if name == layout.linear else shape)}")
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     assert {"count": len(lines), "sha256": digest} == NAMES[program][model]
 
 
 FOREIGN = {
-    "timm": (NetworkSpec("resnet18", head="none", classes=7), ""),
-    "timm after DataParallel": (NetworkSpec("resnet18", head="none"), "module.encoder."),
+    "timm": (NetworkSpec("mobilenet_v3_small", head="none", classes=7), ""),
+    "timm_lite": (NetworkSpec("tf_efficientnet_lite0", head="none", classes=7), ""),
+    "torchvision after DataParallel": (NetworkSpec("resnet18", head="none"), "module.encoder."),
     "moco_v2": (NetworkSpec("resnet18", head="mlp", head_hidden=24, dim=16), "module.encoder_q."),
     "moco_v1": (NetworkSpec("resnet18", head="linear", dim=16), "module.encoder_q."),
     "swav": (NetworkSpec("resnet18", head="mlp_bn", head_hidden=24, dim=16), "module."),
@@ -140,7 +168,7 @@ def test_names_are_those_in_published_files(layout):
     specs = [MEMBERS[layout]] + [NetworkSpec("alexnet_tv", head="none")] * (layout == "torchvision")
     theirs = {}
     for spec in specs:
-        places = our_names(jax.eval_shape(lambda spec=spec: init_network(spec, jax.random.key(0), 224)))
+        places = our_names(shapes(spec, 224))
         names = renamed(places, LAYOUTS[layout])
         theirs |= {"/".join(place[1:]): names[name] for name, place in places.items()}
     expected = {place: name for (of, place), name in LITERAL.items() if of == layout}
@@ -150,7 +178,7 @@ def test_names_are_those_in_published_files(layout):
 @pytest.mark.parametrize("case", FOREIGN)
 def test_files_of_others_are_recognised_and_read_whole(case, tmp_path):
     (spec, prefix), layout = FOREIGN[case], case.split()[0]
-    spec = dataclasses.replace(spec, mean=LAYOUTS[layout].mean, std=LAYOUTS[layout].std)
+    spec = dataclasses.replace(spec, **{key: getattr(LAYOUTS[layout], key) for key in ("mean", "std", "interpolation")})
     variables = variables_of(spec)
     tensors = as_saved(spec, variables, layout, prefix) | {"module.queue": np.zeros((2, 2), np.float32)}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -167,7 +195,8 @@ def test_files_of_others_are_recognised_and_read_whole(case, tmp_path):
 
 @pytest.mark.parametrize("layout", ["ssl_kd", "timm", "torchvision", "detectron2"])
 def test_what_is_written_is_read_again_without_guessing(layout, tmp_path):
-    spec = NetworkSpec("resnet18", width=0.25, stem="small", head="mlp", dim=16, mean=(0.1, 0.2, 0.3))
+    entry = {"mean": (0.1, 0.2, 0.3), "interpolation": "bicubic", "crop_fraction": 0.95}
+    spec = NetworkSpec("resnet18", width=0.25, stem="small", head="mlp", dim=16, **entry)
     variables, path = variables_of(spec, 32), tmp_path / "x.safetensors"
     write_network(path, spec, variables, 32, {"licence": "MIT", "source": "here"}, layout)
     found = read_network(path, "vit_base")  # what the file says goes before what is preferred
@@ -221,6 +250,23 @@ def test_nothing_is_left_random_or_over(change, sentence, tmp_path, monkeypatch)
     assert "\n" not in str(error.value)
 
 
+def test_a_head_of_another_kind_is_refused_and_the_backbone_alone_is_not(tmp_path):
+    """DINO's ResNet-50, whole: two layers, batch norm, no weight norm (github.com/facebookresearch/dino/issues/189)."""
+    spec = NetworkSpec("resnet18", head="none")
+    backbone = as_saved(spec, variables_of(spec), "torchvision", "module.backbone.")
+    sizes = {"mlp.0.weight": (24, 512), "mlp.0.bias": (24,), "mlp.3.weight": (8, 24), "mlp.3.bias": (8,)}
+    sizes |= {f"mlp.1.{leaf}": (24,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+    sizes |= {"last_layer.weight": (40, 8)}
+    head = {f"module.head.{name}": np.ones(size, np.float32) for name, size in sizes.items()}
+    save_file(backbone | head, tmp_path / "x.safetensors")
+    with pytest.raises(
+        UserError, match=r"'resnet18'.*without a place module\.head\.last_layer\.weight, .*rest alone can"
+    ):
+        read_network(tmp_path / "x.safetensors", "resnet18")
+    save_file(backbone, tmp_path / "x.safetensors")
+    assert read_network(tmp_path / "x.safetensors", "resnet18").spec.head == "none"
+
+
 def test_a_trained_norm_is_not_taken_for_one(tmp_path):
     spec = NetworkSpec("resnet18", head="dino", head_hidden=24, dim=16)
     tensors = as_saved(spec, variables_of(spec), "dino", "module.")
@@ -237,12 +283,19 @@ def test_a_trained_norm_is_not_taken_for_one(tmp_path):
 def test_a_config_of_the_hub_names_the_model_and_its_preprocessing(tmp_path):
     spec = NetworkSpec("tf_efficientnet_lite0", head="none")
     save_file(as_saved(spec, variables_of(spec), "timm"), tmp_path / "x.safetensors")
-    pretrained = {"mean": [0.5] * 3, "std": [0.25] * 3, "license": "MIT", "crop_pct": 0.875}
+    pretrained = {"mean": [0.4] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.95}
+    pretrained |= {"license": "MIT", "input_size": [3, 240, 240]}
     config = {"architecture": "tf_efficientnet_lite0", "pretrained_cfg": pretrained}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = read_network(tmp_path / "x.safetensors", "efficientnet_lite0")  # the same names and shapes
-    assert (found.spec.name, found.spec.mean, found.spec.std) == (spec.name, (0.5,) * 3, (0.25,) * 3)
-    assert (found.about["license"], found.about["crop_pct"]) == ("MIT", 0.875)
+    entry = {"mean": (0.4,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_fraction": 0.95}
+    assert found.spec == dataclasses.replace(spec, dim=found.spec.dim, **entry)
+    assert (found.image_size, found.about["license"]) == (240, "MIT")
+    pretrained |= {"std": [0.25, 0, 0.25], "interpolation": "lanczos", "crop_pct": 1.5}  # what no network here takes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_network(tmp_path / "x.safetensors")
+    assert (found.spec.mean, found.spec.std) == ((0.4,) * 3, (0.5,) * 3)  # its layout's
+    assert (found.spec.interpolation, found.spec.crop_fraction) == ("bicubic", 0.875)
     (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "resnetblur50"}))
     with pytest.raises(UserError, match="timm's 'resnetblur50', which is not known here"):
         read_network(tmp_path / "x.safetensors")
@@ -258,16 +311,19 @@ def test_half_precision_is_widened_exactly(tmp_path):
         np.testing.assert_array_equal(found[place], array.astype(np.float16))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"spec": {"name": "nobody"}}', None])
+IMPOSSIBLE = {"width": 1e300, "std": [0, 1, 1], "interpolation": "nearest", "crop_fraction": 2}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"spec": {"name": "nobody"}}', *IMPOSSIBLE])
 def test_metadata_that_describe_nothing_are_one_sentence(text, tmp_path):
     path = tmp_path / "x.safetensors"
     write_network(path, SMALL, variables_of(SMALL), 224, {})
-    if text is None:
+    if text in IMPOSSIBLE:
         from safetensors import safe_open
 
         with safe_open(path, "np") as file:
             record = json.loads(file.metadata()[METADATA])
-        record["spec"]["width"] = 1e300
+        record["spec"][text] = IMPOSSIBLE[text]
         text = json.dumps(record)
     save_file(load_file(path), path, {METADATA: text})
     with pytest.raises(UserError, match=r"metadata of .*x\.safetensors describe no network"):
@@ -295,14 +351,30 @@ def test_position_embeddings_are_interpolated_for_another_image_size(tmp_path):
     assert at_image_size(found, 16) is found
     larger = at_image_size(found, 24)
     assert larger.variables["params"]["backbone"]["pos_embed"].shape == (1, 1 + 36, 16)
-    images = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)
+    images = Images.whole(np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8))
     apply = pooled_features(spec, 24)  # the backbone interpolates by itself what it is given
     np.testing.assert_allclose(apply(larger.variables, images), apply(variables, images), rtol=1e-5, atol=1e-5)
 
 
+def test_the_entry_resizes_as_the_file_says(tmp_path):
+    """In a recipe; what is evaluated is cropped and resized by `preprocess`."""
+    spec = NetworkSpec("tiny", width=0.125, stem="small_s2", head="none", interpolation="bicubic", resize=24)
+    variables = variables_of(spec, 24)
+    images = np.random.default_rng(0).random((2, 12, 12, 3), np.float32)
+    resized = jax.image.resize(images, (2, 24, 24, 3), "bicubic").clip(0, 1)
+
+    def pooled(spec, images):
+        return Network(spec).apply(variables, images, norm="running", method="features").pooled
+
+    expected = pooled(dataclasses.replace(spec, resize=0), resized)
+    np.testing.assert_allclose(pooled(spec, images), expected, rtol=1e-6)
+    assert not np.allclose(pooled(dataclasses.replace(spec, interpolation="bilinear"), images), expected, rtol=1e-3)
+
+
 @pytest.fixture
 def tiny_file(tmp_path):
-    spec = NetworkSpec("tiny_bottleneck", width=0.25, stem="small", head="mlp", dim=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    entry = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_fraction": 1.0}
+    spec = NetworkSpec("tiny_bottleneck", width=0.25, stem="small", head="mlp", dim=8, **entry)
     write_network(tmp_path / "tiny.safetensors", spec, variables_of(spec, 28), 28, {})
     return tmp_path / "tiny.safetensors", spec
 
@@ -313,14 +385,18 @@ def test_a_frozen_teacher_comes_from_a_file_with_its_preprocessing(tiny_file, tm
     run = runs.prepared(config, tmp_path / "run")
     teacher = run.recipe.specs["teacher"]
     assert (teacher.name, teacher.width, teacher.mean, teacher.std) == (spec.name, 0.25, spec.mean, spec.std)
+    assert (teacher.interpolation, teacher.crop_fraction) == ("bicubic", 1.0)
     assert run.recipe.method.teacher == "frozen"
     identity = run.record["identity"]
     assert (identity["teacher.digest"], identity["teacher.mean"]) == (run.pretrained["teacher"].digest, [0.5] * 3)
+    assert (identity["teacher.interpolation"], identity["teacher.crop_fraction"]) == ("bicubic", 1.0)
     assert_equal(jax.device_get(run.frozen()["teacher"]), read_network(path).variables)
 
     changes = {"teacher.source": f"file:{path}", "teacher.mean": (0.1, 0.2, 0.3), "teacher.resize": 36}
+    changes |= {"teacher.interpolation": "bilinear"}
     teacher = runs.prepared(runs.config(**changes), tmp_path / "run").recipe.specs["teacher"]
     assert (teacher.mean, teacher.std, teacher.resize) == ((0.1, 0.2, 0.3), spec.std, 36)
+    assert (teacher.interpolation, teacher.crop_fraction) == ("bilinear", 1.0)
 
 
 def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_path, capsys):
@@ -329,6 +405,11 @@ def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_p
     bare = dataclasses.replace(spec, head="none", dim=0)
     backbone = {name: {"backbone": tree["backbone"]} for name, tree in read_network(path).variables.items()}
     write_network(path, bare, backbone, 28, {})
+    changes = {"student.source": f"file:{path}", "teacher.source": f"file:{path}"}
+    run = runs.prepared(runs.config(**changes), tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "student: its mlp head is not that of the weights, and starts anew" in shown
+    assert "teacher: its" not in shown  # it is used without a head, as it is
     run = runs.prepared(runs.config(**{"student.source": f"file:{path}"}), tmp_path / "run")
     assert "student: its mlp head is not that of the weights, and starts anew" in capsys.readouterr().out
     state = jax.jit(run.create)()
@@ -339,12 +420,69 @@ def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_p
     )
 
 
+def test_a_begun_run_needs_the_file_of_a_frozen_network_alone(tiny_file, tmp_path, capsys):
+    path, spec = tiny_file
+    student, teacher, workdir = tmp_path / "s.safetensors", tmp_path / "t.safetensors", tmp_path / "run"
+    for copy in (student, teacher):
+        shutil.copy(path, copy)
+    sources = {"student.source": f"file:{student}", "teacher.source": f"file:{teacher}"}
+    config = runs.config(epochs=0.5, **sources)
+    results = fit(runs.prepared(config, workdir))
+    student.unlink()
+    again = runs.prepared(config, workdir)
+    assert again.recipe.specs["student"].name == spec.name
+    assert fit(again) == results
+    assert "This run is done" in capsys.readouterr().out
+    (workdir / "results.json").unlink()
+    resumed = fit(runs.prepared(config, workdir))
+    assert resumed | {"seconds": 0} == results | {"seconds": 0}
+    shown = capsys.readouterr().out
+    assert "s.safetensors cannot be read; its weights are in the checkpoint" in shown and "Resuming at step 3" in shown
+
+    with pytest.raises(UserError, match=r"^student\.source: there is no file"):
+        runs.prepared(config, tmp_path / "another")
+    moved = runs.config(epochs=0.5, **sources | {"student.source": "file:elsewhere"})
+    with pytest.raises(UserError, match=r"^student\.source: there is no file elsewhere"):
+        runs.prepared(moved, workdir)
+    with pytest.raises(UserError, match=r"student\.mean \(.* there, .* now\)"):
+        fit(runs.prepared(runs.config(epochs=0.5, **sources, **{"student.mean": (0.1,) * 3}), workdir))
+    teacher.unlink()
+    with pytest.raises(UserError, match=r"^teacher\.source, which a frozen network needs .*: there is no file"):
+        runs.prepared(config, workdir)
+
+
 def test_load_embeds_with_a_file(tiny_file):
     path, spec = tiny_file
     apply, params = load(f"file:{path}")
-    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
-    expected = pooled_features(spec, 28)(read_network(path).variables, images)
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
+    expected = pooled_features(spec, 28)(read_network(path).variables, Images.whole(images))
     np.testing.assert_array_equal(apply(params, images), expected)
+    for other in ({"crop_fraction": 0.7}, {"interpolation": "bilinear"}):  # the file's own are used
+        features = pooled_features(dataclasses.replace(spec, **other), 28)(params, Images.whole(images))
+        assert not np.allclose(features, expected, rtol=1e-2)
+
+
+def test_a_launcher_probes_the_weights_of_a_file(tmp_path):
+    spec = NetworkSpec("resnet18", width=0.125, stem="small_s2", head="none")
+    write_network(tmp_path / "x.safetensors", spec, variables_of(spec, 28), 28, {})
+    weights, data = f"--weights=file:{tmp_path / 'x.safetensors'}", ("--train=train[:256]", "--test=test[:100]")
+    probed = launch("evaluate", weights, *data, f"--json={tmp_path / 'x.json'}")
+    assert probed.returncode == 0, probed.stderr
+    figures = json.loads((tmp_path / "x.json").read_text())
+    row = figures["resnet18, named as by ssl_kd, with its heads"]
+    assert {"knn10", "knn200", "linear", "effective_rank"} <= row.keys()
+    layers = launch("evaluate", weights, *data, "--layers", "--epochs=1", f"--json={tmp_path / 'y.json'}")
+    assert layers.returncode == 0, layers.stderr
+    row = json.loads((tmp_path / "y.json").read_text())["resnet18, named as by ssl_kd, with its heads"]
+    assert list(row) == ["stage 1", "stage 2", "stage 3", "stage 4", "pooled"]
+
+
+def test_a_launcher_takes_a_run_or_weights_of_others():
+    assert network_source("runs/x", None) == "workdir:runs/x"
+    assert network_source(None, "file:x.pth") == "file:x.pth"
+    for both in ((None, None), ("runs/x", "file:x.pth"), ("", "")):
+        with pytest.raises(UserError, match=r"give either --workdir=DIR, a run, or --weights=file:PATH"):
+            network_source(*both)
 
 
 def test_convert_records_the_origin_and_verify_holds_it_to_that(tiny_file, tmp_path, capsys):
@@ -374,13 +512,27 @@ def test_export_writes_the_student_of_a_run(tmp_path, capsys):
     with closing(Checkpoints(tmp_path / "run", 1)) as checkpoints:
         checkpoints.save(0, run.create_now())
     with pytest.raises(UserError, match=r"detectron2 has no model 'tiny': choose --names=ssl_kd"):
-        export(str(tmp_path / "run"), tmp_path / "x.safetensors", "detectron2")
-    export(str(tmp_path / "run"), tmp_path / "x.safetensors", "ssl_kd")
+        export(f"workdir:{tmp_path / 'run'}", tmp_path / "x.safetensors", "detectron2")
+    export(f"workdir:{tmp_path / 'run'}", tmp_path / "x.safetensors", "ssl_kd")
     apply, params = load(f"file:{tmp_path / 'x.safetensors'}")
     images = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
     original, weights = load(tmp_path / "run")
     np.testing.assert_array_equal(apply(params, images), original(weights, images))
     assert "written to" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"is a file, which holds one network: choose no network and no step in it"):
+        load(f"file:{tmp_path / 'x.safetensors'}", "teacher")
+
+
+def test_a_digest_is_of_all_weights_whatever_holds_them(tmp_path):
+    """So that convert's, a run's and that of a converted file can be compared."""
+    spec = dataclasses.replace(SMALL, classes=7)
+    variables, (first, second) = variables_of(spec), (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+    save_file(as_saved(spec, variables, "torchvision"), first)
+    convert(f"file:{first}", str(second), SMALL.name)
+    with_classifier = read_network(second, classifier=True)
+    digests = {load_source(f"file:{path}", SMALL.name).digest for path in (first, second)}
+    assert digests == {with_classifier.digest} == {array_digest(variables)} == {with_classifier.about["digest"]}
+    assert load_source(f"file:{second}").spec.classes == 0 and with_classifier.spec.classes == 7
 
 
 def test_the_list_counts_parameters_and_products(monkeypatch, capsys):
@@ -396,6 +548,7 @@ def test_the_list_counts_parameters_and_products(monkeypatch, capsys):
     [
         ("file:nowhere.pth", "there is no file nowhere.pth"),
         ("nowhere.pth", "is no source of weights"),
+        ("file:nowhere.pth#teacher", "there is no file nowhere.pth"),
         ("hf:timm", "names no file of the hub"),
         ("hf:timm/resnet18", "names no file of the hub"),
     ],
@@ -413,14 +566,9 @@ def test_the_hub_is_read_from_its_cache_and_missed_in_a_sentence(tmp_path):
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
     spec = NetworkSpec("shufflenet_v2_x0_5", head="none")
     write_network(repository / "snapshots" / ("0" * 40) / "model.safetensors", spec, variables_of(spec), 224, {})
-    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-
-    def run(source):
-        command = [sys.executable, "launch/teacher.py", "inspect", source]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    found = run("hf:someone/tiny/model.safetensors")
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    found = launch("teacher", "inspect", "hf:someone/tiny/model.safetensors", **cache)
     assert found.returncode == 0 and "shufflenet_v2_x0_5" in found.stdout, found.stderr
-    missed = run("hf:someone/other/model.safetensors")
+    missed = launch("teacher", "inspect", "hf:someone/other/model.safetensors", **cache)
     assert missed.returncode == 2 and missed.stderr.startswith("error: cannot get 'hf:someone/other/model.safetensors'")
     assert len(missed.stderr.splitlines()) == 1
