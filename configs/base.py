@@ -20,14 +20,17 @@ def get_config() -> ConfigDict:
     c.epochs = 200.0  # passes over data.train
     c.image_size = 224  # side of a training view, pixels
 
-    # Images. source: 'embedded' | 'hf:DIRECTORY' (Hugging Face parquet) | 'tfds:NAME' | 'synthetic:SIDExCOUNT' (noise).
+    # Images. source: 'embedded' | 'folder:PATH' (a directory, a glob or a .txt list) | 'hf:DIRECTORY' (Hugging Face
+    # parquet) | 'tfds:NAME' | 'tar:PATTERN' (WebDataset) | 'arrayrecord:DIRECTORY' (by launch/prepare.py) |
+    # 'synthetic:SIDExCOUNT' (noise).
     c.data = ConfigDict()
     c.data.source = "embedded"
-    c.data.train = "train"  # split; slices as 'train[:10000]' or 'train[:10%]'
+    c.data.train = "train"  # split, or a part: 'train[:10000]', 'train[:10%]', 'train[balanced 1%]' of every class
     c.data.test = "test"
     c.data.canvas = 0  # pixels an image's shorter side is reduced to on the host; 0 = 8/7 of the largest view
     c.data.resident = "auto"  # hold the set on the device: 'auto' (if it fits) | 'on' | 'off'
     c.data.workers = 0  # processes that decode; 0 = threads only
+    c.data.max_bad = 0.01  # share of a set that cannot be read, 10 images or more, at which the run stops
 
     # Networks. source: 'init'; the evaluated network of an earlier run, 'workdir:PATH'; or weights of others,
     # 'file:PATH' and 'hf:OWNER/REPOSITORY/FILE', with '#KEY' behind to choose one of several state dicts.

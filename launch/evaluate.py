@@ -1,4 +1,5 @@
-"""Probes any network of any run or file on any labelled set: kNN, linear probe, health; or every layer linearly.
+"""Probes any network of any run or file on any set: kNN and linear probe where it has labels, and what needs none
+(neighbours shared by two views, signs of collapse); or every layer linearly.
 
 python launch/evaluate.py --workdir=DIR [--network=student] [--step=N] [--source=hf:PATH --train=train --test=test]
                           [--layers [--epochs=36]] [--json=FILE]
@@ -15,7 +16,7 @@ from ssl_kd import command
 from ssl_kd.log import console
 from ssl_kd.probes import layerwise
 from ssl_kd.probes.judge import probe_layers, probe_network
-from ssl_kd.report import accuracy_table, layer_table
+from ssl_kd.report import layer_table, probe_table
 from ssl_kd.trained import RunNetwork, TrainedNetwork, load_source
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.")
@@ -35,14 +36,14 @@ def main() -> None:
     network = command.network_source(WORKDIR.value, WEIGHTS.value)
     command.write_figures(JSON.value, {})
     found = load_source(network, MODEL.value, NETWORK.value, STEP.value)
-    config, title = config_of(found), f"{WORKDIR.value or WEIGHTS.value}: accuracy in %"
+    config, title = config_of(found), WORKDIR.value or WEIGHTS.value
     data = {"source": SOURCE.value, "train": TRAIN.value, "test": TEST.value}
     if LAYERS.value:
         results = probe_layers(found, config, **data, epochs=EPOCHS.value)
         console.print(layer_table(results, title))
     else:
         results = probe_network(found, config, **data)
-        console.print(accuracy_table(results, title))
+        console.print(probe_table(results, title))
     command.write_figures(JSON.value, results)
 
 

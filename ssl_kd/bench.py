@@ -25,6 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ssl_kd.data.loader import SHARDED, place
 from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.models.layers import Features
@@ -277,6 +278,25 @@ def host_rate(run: Run) -> float | None:
         return count * run.config.batch_size / (time.perf_counter() - began)
 
 
+def host_parts(run: Run) -> dict[str, float] | None:
+    """Seconds an image that one thread takes for what the host does with it; None where it sends only row numbers."""
+    if run.resident != "streamed":
+        return None
+    source = run.train.take(np.linspace(0, len(run.train) - 1, min(len(run.train), 256)).astype(int))
+    images = Images.whole(np.zeros((run.config.batch_size, *source.canvas, 3), np.uint8))
+
+    def seconds(work: Callable[[], Any], count: int) -> float:
+        work()
+        began = time.perf_counter()
+        work()
+        return (time.perf_counter() - began) / count
+
+    reading = seconds(lambda: [source.reader.read(row) for row in source.rows.tolist()], len(source))
+    decoded = seconds(lambda: [source.image(i) for i in range(len(source))], len(source))
+    sending = seconds(lambda: jax.block_until_ready(place(images, run.mesh, SHARDED)), len(images))
+    return {"reading": reading, "decoding": max(0.0, decoded - reading), "sending": sending}
+
+
 def peak_bytes() -> int:
     """Largest memory used so far: of one device where it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -338,6 +358,7 @@ def bench(run: Run, budget: float) -> dict[str, Any]:
         "compute_dtype": c.compute_dtype,
         "images_per_second": c.batch_size / seconds,
         "host_images_per_second": host,
+        "host_seconds_per_image": host_parts(run),
         "whole": row(seconds, flops, moved),  # operations and bytes are the parts'
         "parts": rows,
         "sum_of_parts_over_whole": statistics.median(total / s for total, s in zip(sums, timed["whole"], strict=True)),

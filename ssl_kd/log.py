@@ -124,14 +124,14 @@ class Meter:
 
 
 class Bar(Meter):
-    """Step, images/s, time left, loss and latest kNN of a run."""
+    """Step, images/s, time left, loss and latest probe of a run."""
 
     def __init__(self, total: int, start: int):
         super().__init__(total, start, "step", "compiling the step …")
 
-    def update(self, step: int, *, images_per_second: float, seconds_left: float, loss: float, knn: float) -> None:
+    def update(
+        self, step: int, *, images_per_second: float, seconds_left: float, loss: float, probed: str = ""
+    ) -> None:
         speed = "" if math.isnan(images_per_second) else f"{images_per_second:,.0f} images/s · "
-        said = f"{speed}loss {loss:.3f}"
-        if not math.isnan(knn):
-            said += f" · kNN {100 * knn:.1f} %"
+        said = f"{speed}loss {loss:.3f}" + f" · {probed}" * bool(probed)
         self.show(step, said, seconds_left)

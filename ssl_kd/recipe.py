@@ -32,6 +32,7 @@ FREE_KEYS = (
     "data.test",
     "data.resident",
     "data.workers",
+    "data.max_bad",
     "max_nonfinite",
     "method.bag_path",
 )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from ssl_kd.bench import flops_of, matmul_rate
+from ssl_kd.data import quarantine
 from ssl_kd.log import console
 from ssl_kd.state import abstract
 from ssl_kd.train import Run
@@ -79,9 +80,10 @@ def bench_table(figures: Mapping[str, Any]) -> Table:
     table.add_section()
     add("whole step", f["whole"], f"{100 * f['whole']['seconds'] / total:.0f} %")
     host = f["host_images_per_second"]
-    limit = "" if host is None else f" · the host reads {host:,.0f} images/s"
+    spent = [f"{what} {1e3 * seconds:.2f}" for what, seconds in (f["host_seconds_per_image"] or {}).items()]
+    reads = f"the host: {host:,.0f} images/s; ms an image of one thread: {', '.join(spent)}\n" if host else ""
     table.caption = (
-        f"{f['images_per_second']:,.0f} images/s{limit} · limit: {f['limit']}\n"
+        f"{f['images_per_second']:,.0f} images/s · limit: {f['limit']}\n{reads}"
         f"{f['steps']:,} steps: {f['hours']:.2f} hours · peak memory {f['peak_bytes'] / 2**30:.2f} GiB\n"
         f"compiles in {f['compile_seconds']:.1f} s, from the cache in {f['compile_cached_seconds']:.1f} s\n"
         f"here: {f['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s matmul, "
@@ -90,23 +92,27 @@ def bench_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
-def accuracy_table(results: Mapping[str, Any], title: str) -> Table:
-    """kNN and linear accuracy of each row of features, in %."""
+def probe_table(results: Mapping[str, Any], title: str) -> Table:
+    """What `ssl_kd.probes.evaluate` found of each row of features: accuracies, where there are labels, and what needs
+    none."""
     rows = {name: row for name, row in results.items() if isinstance(row, dict)}
-    ks = [name for name in next(iter(rows.values())) if name.startswith("knn")]
-    table = Table(title=title)
+    first = next(iter(rows.values()))
+    names = {key: f"{key.removeprefix('knn')}-NN" for key in first if key.startswith("knn")}
+    names |= {key: name for key, name in {"linear": "linear", "nn_consistency": "neighbours"}.items() if key in first}
+    table = Table(title=title, caption="in %, but for the rank")
+    if "nn_chance" in first:
+        table.caption = f"{table.caption}; two views share {100 * first['nn_chance']:.1f} of neighbours by chance"
     table.add_column("features")
-    for column in (*(f"{k.removeprefix('knn')}-NN" for k in ks), "linear", "effective rank"):
+    for column in (*names.values(), "effective rank"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
-        cells = [f"{100 * row[k]:.1f}" if k in row else "–" for k in (*ks, "linear")]
-        table.add_row(name, *cells, f"{row['effective_rank']:.0f}")
+        table.add_row(name, *(f"{100 * row[key]:.1f}" for key in names), f"{row['effective_rank']:.0f}")
     return table
 
 
 def layer_table(results: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """Accuracy of every layer of each network, in %, and which is the best."""
-    table = Table(title=title)
+    table = Table(title=title, caption="accuracy in %")
     table.add_column("network")
     for column in (*next(iter(results.values())), "best"):
         table.add_column(column, justify="right")
@@ -119,8 +125,13 @@ def layer_table(results: Mapping[str, Mapping[str, float]], title: str) -> Table
 def summarise(run: Run, results: Mapping[str, Any]) -> None:
     """Prints what a finished run reached, where it lies, and what to try next."""
     c = run.config
-    console.print(accuracy_table(results, f"{c.data.source} {c.data.test}: accuracy in %"))
+    console.print(probe_table(results, f"{c.data.source} {c.data.test}"))
     console.print(f"{results['seconds'] / 60:.1f} min, probes included. Checkpoint: {run.workdir / 'checkpoints'}")
+    if results["quarantined"]:
+        console.print(
+            f"Images that could not be read, in whose place others stood: {results['quarantined']:,}, each named in "
+            f"{run.workdir / quarantine.FILE}"
+        )
     method = run.recipe.method
     if "teacher" in method.trained:
         network = "teacher_momentum" if "teacher_momentum" in method.evaluated else "teacher"

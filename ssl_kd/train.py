@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
 from ssl_kd.data.bags import load_or_mine
 from ssl_kd.data.loader import Loader
+from ssl_kd.data.quarantine import keep_lists, read_list
 from ssl_kd.data.resident import Residence, Resident, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
@@ -30,7 +31,7 @@ from ssl_kd.log import Bar, Metrics, console
 from ssl_kd.models import MODELS, NetworkSpec
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
-from ssl_kd.probes.judge import Judge, labelled
+from ssl_kd.probes.judge import Judge, headline, labelled
 from ssl_kd.recipe import Recipe, identity, make_method, make_recipe, one_of, short_side
 from ssl_kd.state import State, abstract, create_state
 from ssl_kd.step import TrainStep
@@ -189,8 +190,10 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
     config = config.copy_and_resolve_references()
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    train = open_source(config.data.source, config.data.train, short_side(config))
-    test = open_source(config.data.source, config.data.test, short_side(config))
+    train, test = (
+        open_source(config.data.source, split, short_side(config), config.data.max_bad)
+        for split in (config.data.train, config.data.test)
+    )
     sources = {role: config.get(role, {}).get("source", "init") for role in ("student", "teacher")}
     if sources["teacher"] != "init" and config.method.name == "rekd" and config.method.teacher == "online":
         config.method.teacher = "frozen"
@@ -314,7 +317,7 @@ def fit(run: Run) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint if there is one, and returns the final results.
 
     In this order: the run's record is compared or written; state restored or created; bags mined, where the method
-    needs them; then for every step: batch, compiled step, and, when due, metrics, kNN probe, checkpoint. The order is
+    needs them; then for every step: batch, compiled step, and, when due, metrics, quick probe, checkpoint. The order is
     part of what makes a resumed run equal an uninterrupted one, bit for bit: a probe reads the state, and only the
     step changes it.
 
@@ -332,6 +335,8 @@ def fit(run: Run) -> dict[str, Any]:
             console.print(f"This run is done; nothing to do. Delete {run.workdir} to train it anew.")
             return finished
         write_json(record_path, {**run.record, "sessions": [*(record or {}).get("sessions", []), session()]})
+        begun = checkpoints.latest is not None
+        keep_lists((run.train.quarantine, run.test.quarantine), run.workdir, begun=begun)
         if checkpoints.latest is None:
             state = run.create_now()
         else:
@@ -346,6 +351,7 @@ def fit(run: Run) -> dict[str, Any]:
             checkpoints.wait()
             console.print(f"Trained in {metrics.seconds / 60:.1f} min.")
             results = judge.final(state) | {"step": total, "seconds": metrics.seconds}
+            results["quarantined"] = len(read_list(run.workdir))
             write_json(results_path, results)
             metrics.write(total, {f"final/{k}": v for k, v in results[judge.role].items()})
     return results
@@ -366,7 +372,7 @@ def loop(
     save_every = max(1, round(c.checkpoint.every_epochs * per_epoch))
     probe_every = max(1, round(c.probe.every_epochs * per_epoch)) if c.probe.every_epochs else 0
     train_step, frozen = run.train_step(), run.frozen()
-    knn, paused, began = math.nan, 0.0, math.nan
+    probed, paused, began = "", 0.0, math.nan
     flying: deque = deque()
 
     def land(bar: Bar) -> None:
@@ -380,7 +386,7 @@ def loop(
         began = now if math.isnan(began) else began  # the first step's compilation is no speed
         speed = (step - start - 1) * c.batch_size / (now - began) if now > began else math.nan
         left = (total - step) * c.batch_size / speed
-        bar.update(step, images_per_second=speed, seconds_left=left, loss=values["loss"], knn=knn)
+        bar.update(step, images_per_second=speed, seconds_left=left, loss=values["loss"], probed=probed)
         if step % c.log_every == 0 or step == total:
             metrics.write(step, {"epoch": step / per_epoch, **values, "images_per_second": speed})
 
@@ -405,7 +411,7 @@ def loop(
                 pause = time.monotonic()
                 found = judge.quick(state)
                 metrics.write(step, {f"probe/{name}": value for name, value in found.items()})
-                knn = found.get(f"knn{c.probe.knn[0]}", math.nan)
+                probed = headline(found)
                 paused += time.monotonic() - pause
     return state
 

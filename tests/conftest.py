@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import base
 from ssl_kd import models
+from ssl_kd.data.quarantine import Quarantine
 from ssl_kd.data.resident import Resident
 from ssl_kd.data.sources import Source
 from ssl_kd.images import Images
@@ -112,7 +113,8 @@ class ArrayReader:
 
 def source_of(images, labels=None, classes: int | None = None) -> Source:
     """A source of images (N, H, W, 3) in memory."""
-    return Source(ArrayReader(images, labels, classes), np.arange(len(images)), max(images.shape), images.shape[1:3])
+    rows, quarantine = np.arange(len(images)), Quarantine("the test's images", len(images))
+    return Source(ArrayReader(images, labels, classes), rows, max(images.shape), images.shape[1:3], quarantine)
 
 
 class Rig:

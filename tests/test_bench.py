@@ -13,6 +13,7 @@ from ssl_kd.bench import bench, flops_of, listed_calls, step_parts
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
+from ssl_kd.report import bench_table
 from ssl_kd.step import TrainStep
 from ssl_kd.train import prepare
 
@@ -117,6 +118,8 @@ def test_figures_of_a_streamed_run(tmp_path):
     assert set(figures["parts"]) - counted == {"student forward"}
     assert all(part["seconds"] > 0 for part in figures["parts"].values())
     assert figures["limit"] in counted and figures["host_images_per_second"] > 0
+    assert figures["host_seconds_per_image"].keys() == {"reading", "decoding", "sending"}
+    assert "ms an image of one thread: reading 0." in bench_table(figures).caption
     assert list(tmp_path.iterdir()) == []
 
 

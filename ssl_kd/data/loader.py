@@ -2,7 +2,8 @@
 
 The order law: with N images and batch size B an epoch has S = N // B steps, and the global batch of step t is rows
 [(t % S) B, (t % S + 1) B) of epoch_order(seed, t // S, N). Nothing else decides what a step sees: not the number of
-devices, processes or workers, nor whether the set is resident; so there is no iterator state to save.
+devices, processes or workers, nor whether the set is resident; so there is no iterator state to save. Where an image
+cannot be read, the batch has another in its place (`sources`), with that one's label and index, and so its mates.
 """
 
 import atexit
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.data.bags import mates
 from ssl_kd.data.resident import Residence, Resident
-from ssl_kd.data.sources import Source, arrays
+from ssl_kd.data.sources import Source, arrays, gather
 from ssl_kd.errors import UserError
 
 SHARDED, REPLICATED = PartitionSpec("data"), PartitionSpec()
@@ -64,20 +65,20 @@ class HostBatch:
     bags: np.ndarray  # int32 (N, k), every image's nearest others; k = 0: no mates
 
     def indices(self, step: int) -> np.ndarray:
-        """int32 (b,): which images."""
+        """int32 (b,): which images, by the order law."""
         n = len(self.source)
         epoch, k = divmod(int(step), n // self.batch_size)
         return epoch_order(self.seed, epoch, n)[k * self.batch_size + self.rows]
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """image, b `Images`; label int32 (b,); index int32 (b,); with bags also mate, b `Images`."""
-        index = self.indices(step)
-        image, label = arrays(self.source.take(index), self.threads)
+        """image, b `Images`; label int32 (b,); index int32 (b,); with bags also mate, b `Images`; and bad, rows that
+        could not be read, with why: a reader process has nobody to tell."""
+        image, label, index, bad = gather(self.source, self.indices(step), self.threads)
         batch = {"image": image, "label": label, "index": index}
         if self.bags.shape[1]:
-            mate = mates(self.bags, index, self.seed, step)
-            batch["mate"], _ = arrays(self.source.take(mate), self.threads)
-        return batch
+            found = gather(self.source, mates(self.bags, index, self.seed, step), self.threads)
+            batch["mate"], bad = found.images, bad | found.bad
+        return batch | {"bad": bad}
 
 
 class Loader:
@@ -139,7 +140,8 @@ class Loader:
         n = len(source)
         split_over = self._mesh if resident == "sharded" else None
         padded = n + (-n % split_over.shape["data"] if split_over else 0)
-        image, _ = arrays(source.take(own_rows(padded, split_over) % n))
+        image, _ = arrays(source, own_rows(padded, split_over) % n)
+        self._stand_ins = source.stand_ins()
         return Resident(
             image=place(image, self._mesh, SHARDED if split_over else REPLICATED),
             label=place(source.labels(), self._mesh, REPLICATED),
@@ -149,7 +151,7 @@ class Loader:
 
     def _resident(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         for step in range(start, stop):
-            yield {"index": place(self._host.indices(step), self._mesh, SHARDED)}
+            yield {"index": place(self._stand_ins[self._host.indices(step)], self._mesh, SHARDED)}
 
     def _streamed(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         if start >= stop:
@@ -160,12 +162,20 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts a worker
                 flags.FLAGS.mark_as_parsed()
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+        ds = ds.map(self._reported)
+        if self._workers:
             # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.
             ds = ds.map(lambda batch: jax.tree.map(np.array, batch))
         ds = ds.map(lambda batch: place(batch, self._mesh, SHARDED))
         ds = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=1)
         with contextlib.closing(iter(ds)) as batches:  # else its threads and processes outlive the loop
             yield from batches
+
+    def _reported(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without its bad rows."""
+        source = self._host.source
+        source.quarantine.report(batch["bad"], source.reader.where)
+        return {name: value for name, value in batch.items() if name != "bad"}
 
 
 def own_rows(count: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:

@@ -363,9 +363,10 @@ def _announce(splits: Sequence[Split], parts: Sequence[Part], missing: Sequence[
     minutes = sum(len(part.rows) * of[part.split].image_seconds for part in missing) / 60
     free = shutil.disk_usage(out).free
     counts = " and ".join(f"{len(split.rows):,} {split.name}" for split in splits)
+    shards = f"{len(parts)} shard{'s' * (len(parts) > 1)}"
     whole = f", {len(parts) - len(missing)} of them whole" if len(missing) < len(parts) else ""
     console.print(
-        f"{counts} images in {len(parts)} shard{'s' * (len(parts) > 1)}{whole}: about {_bytes(size)} to write and {minutes:.1f} min; "
+        f"{counts} images in {shards}{whole}: about {_bytes(size)} to write and {minutes:.1f} min; "
         f"{_bytes(free)} are free"
     )
     if size > free:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 
 from ssl_kd.data.loader import REPLICATED, SHARDED, own_rows, place
-from ssl_kd.data.sources import Source, arrays
+from ssl_kd.data.sources import Source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 
@@ -81,7 +81,7 @@ def extract(
 def _rows(images: Images | Source, rows: np.ndarray) -> Images:
     """The images of these ascending numbers; beyond the last one they are black and fill their canvas."""
     there = rows[rows < len(images)]
-    found = images[there] if isinstance(images, Images) else arrays(images.take(there))[0]
+    found = images[there]
     black = np.zeros((len(rows) - len(there), *found.pixels.shape[1:]), np.uint8)
     return jax.tree.map(lambda *parts: np.concatenate(parts), found, Images.whole(black))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +14,6 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.data.sources import Source, arrays, open_source
-from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
@@ -33,7 +33,7 @@ CALIBRATION_IMAGES = 512
 
 
 class Judge:
-    """The probes of a run: a quick kNN while it trains, everything at the end."""
+    """The probes of a run: quick ones while it trains, everything at the end."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -53,7 +53,7 @@ class Judge:
         return evaluate(apply, *sets, ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh)
 
     def quick(self, state: State) -> dict[str, float]:
-        """kNN of some test images among some training images, and signs of collapse."""
+        """On some of the images, all that needs no training: kNN where there are labels, neighbours, health."""
         return self.measure(Partial(self.apply, self.variables(state)), self.quick_sets, linear=False)
 
     def final(self, state: State) -> dict[str, Any]:
@@ -76,6 +76,14 @@ class Judge:
         images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
         calibrated = batch_calibrated(recipe.specs[source], recipe.initial(source), images, recipe.image_size)
         return Partial(self.apply, calibrated)
+
+
+def headline(found: Mapping[str, float]) -> str:
+    """What a progress bar says of a probe: the first kNN accuracy, without labels the neighbours that are shared."""
+    accuracies = [value for name, value in found.items() if name.startswith("knn")]
+    if accuracies:
+        return f"kNN {100 * accuracies[0]:.1f} %"
+    return f"shared neighbours {100 * found['nn_consistency']:.1f} %" if "nn_consistency" in found else ""
 
 
 def sample(source: Source, count: int) -> Source:
@@ -103,14 +111,11 @@ def probe_network(
       config: of its run, or a default one, which has the data and splits that are not given.
 
     Raises:
-      UserError: if the data is not there, or has no labels.
+      UserError: if the data is not there.
     """
     train_set, test_set = open_splits(config, source, train, test)
     apply, c = Partial(pooled_features(found.spec, found.image_size), found.variables), config.probe
     sets = labelled(train_set, c.train_images), labelled(test_set)
-    if not (sets[0].num_classes and sets[1].num_classes):
-        spec = source or config.data.source
-        raise UserError(f"{spec!r} has unlabelled images, so there is nothing to probe: choose a labelled --source.")
     row = evaluate(apply, *sets, ks=c.knn, linear=True, batch_size=c.batch_size, mesh=all_devices())
     return {found.description: row}
 
@@ -138,7 +143,7 @@ def open_splits(config: ConfigDict, source: str, train: str, test: str) -> tuple
     """Training and test images; what is '' is the config's."""
     spec = source or config.data.source
     splits = train or config.data.train, test or config.data.test
-    train_set, test_set = (open_source(spec, split, short_side(config)) for split in splits)
+    train_set, test_set = (open_source(spec, split, short_side(config), config.data.max_bad) for split in splits)
     return train_set, test_set
 
 

@@ -131,7 +131,7 @@ def layer_probe(
         console.print(f"Testing on {crops} crops of each of {len(test):,} images …")
     predict = Partial(probe.predict, variables, classifiers)
     predicted = extract(predict, test, batch_size=max(1, batch_size // crops), mesh=mesh)
-    accuracy = (predicted == test_labels[:, None]).mean(axis=0)
+    accuracy = (predicted == test_labels[test.stand_ins()][:, None]).mean(axis=0)
     return dict(zip(layer_names(found.spec, len(accuracy)), accuracy.tolist(), strict=True))
 
 
@@ -227,7 +227,7 @@ def fit(
                 speed = (done - 1) * batch_size / (now - began) if now > began else math.nan
                 left = (probe.steps - done) * batch_size / speed
                 if bar:
-                    bar.update(done, images_per_second=speed, seconds_left=left, loss=value, knn=math.nan)
+                    bar.update(done, images_per_second=speed, seconds_left=left, loss=value)
     return classifiers
 
 

@@ -143,6 +143,8 @@ def show(found: WeightFile) -> None:
         **{key: str(value) for key, value in about.items() if key != "digest"},
     }
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # digests are for comparing
     for name, value in rows.items():
         table.add_row(name, Text(value))  # which may hold brackets
     console.print(table)

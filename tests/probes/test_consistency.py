@@ -81,7 +81,8 @@ def test_what_is_evaluated_of_it_is_tighter(short):
     """An image of left to right 0 … 1 keeps less of that range, backwards."""
     ramp = np.round(np.linspace(0, 255, short)).astype(np.uint8)
     images = Images.whole(np.broadcast_to(ramp[None, None, :, None], (1, short, short, 3)))
-    first, second = (preprocess(view, 28, 7 / 8, "bilinear")[0, 14, :, 0] for view in (images, mirrored_centres(images)))
+    views = images, mirrored_centres(images)
+    first, second = (preprocess(view, 28, 7 / 8, "bilinear")[0, 14, :, 0] for view in views)
     assert second[0] < first[-1] - 0.01 and second[-1] > first[0] + 0.01
     assert (jnp.diff(second) < 0).all()
 

@@ -24,9 +24,11 @@ from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import MODELS, Network, NetworkSpec, init_network
 from ssl_kd.models.embed import pooled_features
+from ssl_kd.recipe import make_recipe
 from ssl_kd.state import create_state
 from ssl_kd.train import fit
 from ssl_kd.trained import at_image_size, load, load_source
+from ssl_kd.weights import detect
 from ssl_kd.weights.commands import convert, export, inspect, names_for, show_models, verify
 from ssl_kd.weights.detect import shapes, torch_shape
 from ssl_kd.weights.files import METADATA, read_network, write_network
@@ -225,6 +227,30 @@ def test_a_model_needs_no_name_unless_several_fit(tmp_path, monkeypatch):
 SMALL = NetworkSpec("shufflenet_v2_x0_5", head="none")
 
 
+def test_a_model_is_found_without_tracing_all(tmp_path, monkeypatch):
+    """Of a whole file, and of one that lacks a weight: both shufflenets have as many, and no other."""
+    for name in [name for name in MODELS if name.startswith("tiny")]:
+        monkeypatch.delitem(MODELS, name)
+    tensors = as_saved(SMALL, variables_of(SMALL), "torchvision")
+    detect._traced.cache_clear()
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert read_network(tmp_path / "x.safetensors").spec.name == SMALL.name
+    del tensors["conv5.0.weight"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(
+        UserError, match=r"does not fit 'shufflenet_v2_x0_5', which is nearest: missing conv5\.0\.weight"
+    ):
+        read_network(tmp_path / "x.safetensors")
+    assert detect._traced.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("model", ["alexnet", "resnet50w2"])
+def test_weights_are_counted_of_models_that_no_program_has(model):
+    found = shapes(NetworkSpec(model, head="none"), 224)
+    assert (len(found), sum(len(shape) == 4 for shape in found.values())) == BACKBONE_WEIGHTS[model]
+    assert BACKBONE_WEIGHTS.keys() == {name for name in MODELS if not name.startswith("tiny")}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -420,6 +446,14 @@ def test_a_student_starts_from_a_file_and_its_missing_head_anew(tiny_file, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("interpolation", "nearest"), ("crop_fraction", 0.0), ("crop_fraction", 1.1)]
+)
+def test_a_recipe_with_an_impossible_entry_is_one_sentence(key, value):
+    with pytest.raises(UserError, match=rf"^student\.{key}={value!r} .*\.$"):
+        make_recipe(runs.config(**{f"student.{key}": value}), 96)
+
+
 def test_a_begun_run_needs_the_file_of_a_frozen_network_alone(tiny_file, tmp_path, capsys):
     path, spec = tiny_file
     student, teacher, workdir = tmp_path / "s.safetensors", tmp_path / "t.safetensors", tmp_path / "run"
@@ -491,6 +525,7 @@ def test_convert_records_the_origin_and_verify_holds_it_to_that(tiny_file, tmp_p
     convert(f"file:{path}", str(out), licence="MIT")
     verify(str(out))
     shown = capsys.readouterr().out
+    assert read_network(out).digest in "".join(word for word in shown.split() if word != "│")
     assert "--config.teacher.source=file:" in shown and "Weights as written" in shown and "MIT" in shown
     from safetensors import safe_open
 
