@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.data.source = "embedded"
     c.data.train = "train"  # split, or a part: 'train[:10000]', 'train[:10%]', 'train[balanced 1%]' of every class
     c.data.test = "test"
-    c.data.canvas = 0  # pixels an image's shorter side is reduced to on the host; 0 = 8/7 of the largest view
+    c.data.canvas = 0  # pixels that are enough for an image's shorter side, on the host; 0 = 8/7 of the largest view
     c.data.resident = "auto"  # hold the set on the device: 'auto' (if it fits) | 'on' | 'off'
     c.data.workers = 0  # processes that decode; 0 = threads only
     c.data.max_bad = 0.01  # share of a set that cannot be read, 10 images or more, at which the run stops
@@ -82,6 +82,8 @@ def network(name: str, **changes) -> ConfigDict:
     c.resize = 0  # side that its entry resizes views to, pixels; 0 = as its source, else as they come
     c.interpolation = config_dict.placeholder(str)  # of that, and of what it is evaluated on: 'bilinear' | 'bicubic'
     c.crop_fraction = config_dict.placeholder(float)  # of an image's shorter side: the centre it is evaluated on
+    c.cache_views = 0  # of a frozen teacher: its features of so many fixed views of an image are kept on disk; 0 = none
+    c.cache_path = ""  # where, for several runs to share; '' = the work directory
     c.update(changes)
     return c
 

@@ -35,6 +35,8 @@ FREE_KEYS = (
     "data.max_bad",
     "max_nonfinite",
     "method.bag_path",
+    "student.cache_path",
+    "teacher.cache_path",
 )
 """Keys that change no number of the training run: a checkpoint may be resumed with other values."""
 
@@ -59,6 +61,7 @@ class Recipe:
       accum: micro-batches an optimizer step is split into.
       shuffle_keys: whether views that ask for it are made from a shuffled batch (pointless with one batch-norm group).
       max_nonfinite: refused steps tolerated before the state halts; see `ssl_kd.step.TrainStep`.
+      cache_views: fixed views of every image that the frozen teacher sees, epoch by epoch; 0 = new ones every time.
     """
 
     method: Method
@@ -73,6 +76,7 @@ class Recipe:
     accum: int
     shuffle_keys: bool
     max_nonfinite: int
+    cache_views: int
 
     def initial(self, name: str) -> dict[str, Any]:
         """Variables of a network from its own initialisers: a function of the seed and its name."""
@@ -123,7 +127,7 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
     one_of(f"{role}.head", c.head, ("none", *HEADS))
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     positive(config, f"{role}.width", "image_size")
-    not_negative(config, f"{role}.dim", f"{role}.head_hidden", f"{role}.thead", f"{role}.resize")
+    not_negative(config, *(f"{role}.{key}" for key in ("dim", "head_hidden", "thead", "resize", "cache_views")))
     mean, std = tuple(c.mean or IMAGENET_MEAN), tuple(c.std or IMAGENET_STD)
     if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
         raise UserError(f"{role}.mean and {role}.std must hold three numbers, of std above 0: see configs/base.py.")
@@ -285,6 +289,9 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         for key in ("thead", "drop_path"):
             if role in method.trained and getattr(spec, key):
                 raise UserError(f"{role}.{key}={getattr(spec, key)} is for method.name='mokd' alone: set it to 0.")
+    for role in ("student", "teacher"):
+        if role not in method.frozen and config.get(role, {}).get("cache_views"):
+            raise UserError(f"{role}.cache_views={config[role].cache_views} is for a frozen teacher: set it to 0.")
     specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
     try:
         jax.eval_shape(lambda: method.init(jax.random.key(0), specs))
@@ -312,6 +319,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         accum=config.optim.accum,
         shuffle_keys=config.bn_groups > 1,
         max_nonfinite=config.max_nonfinite,
+        cache_views=config.teacher.cache_views if "teacher" in method.frozen else 0,
     )
     check_views(recipe)
     if any(group.paths for group in groups):
@@ -348,7 +356,7 @@ def check_views(recipe: Recipe) -> None:
 
 
 def short_side(config: ConfigDict) -> int:
-    """Pixels that an image's shorter side is reduced to on the host: `data.canvas`, else 8/7 of the largest view."""
+    """Pixels that are enough for an image's shorter side, on the host: `data.canvas`, else 8/7 of the largest view."""
     largest = max(view.size or config.image_size for view in make_method(config).views.values())
     return config.data.canvas or round(SHORT_OVER_VIEW * largest)
 

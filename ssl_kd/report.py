@@ -97,11 +97,14 @@ def probe_table(results: Mapping[str, Any], title: str) -> Table:
     none."""
     rows = {name: row for name, row in results.items() if isinstance(row, dict)}
     first = next(iter(rows.values()))
-    names = {key: f"{key.removeprefix('knn')}-NN" for key in first if key.startswith("knn")}
-    names |= {key: name for key, name in {"linear": "linear", "nn_consistency": "neighbours"}.items() if key in first}
-    table = Table(title=title, caption="in %, but for the rank")
+    ks = {key: f"{key.removeprefix('knn')}-NN" for key in first if key.startswith("knn")}
+    names = ks | {
+        key: name for key, name in {"linear": "linear", "nn_consistency": "neighbours"}.items() if key in first
+    }
+    captions = [] if ks else ["no accuracies, for not all images have labels"]
     if "nn_chance" in first:
-        table.caption = f"{table.caption}; two views share {100 * first['nn_chance']:.1f} of neighbours by chance"
+        captions.append(f"neighbours: shared by two views of an image, {100 * first['nn_chance']:.1f} by chance")
+    table = Table(title=f"{title}, in %", caption="\n".join(captions))
     table.add_column("features")
     for column in (*names.values(), "effective rank"):
         table.add_column(column, justify="right")
@@ -112,7 +115,7 @@ def probe_table(results: Mapping[str, Any], title: str) -> Table:
 
 def layer_table(results: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """Accuracy of every layer of each network, in %, and which is the best."""
-    table = Table(title=title, caption="accuracy in %")
+    table = Table(title=f"{title}, in %")
     table.add_column("network")
     for column in (*next(iter(results.values())), "best"):
         table.add_column(column, justify="right")

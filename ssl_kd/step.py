@@ -1,5 +1,6 @@
 """The one compiled graph: views, every network's forward, relation matrix, losses, optimizer, averages, memory."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
@@ -14,15 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ssl_kd.augment import augment
 from ssl_kd.data.bags import mates
 from ssl_kd.data.resident import Resident
+from ssl_kd.losses import promote
 from ssl_kd.methods import Context
-from ssl_kd.models import Networks
+from ssl_kd.models import Networks, features_of_views
 from ssl_kd.optim import moving_average
 from ssl_kd.recipe import Recipe
 from ssl_kd.state import State, stream
 
 Batch = Mapping[str, Any]
 """'index' (B,) int32; and unless the data set is resident, 'image', B `Images`, 'label' (B,) int32, and for a method
-with mates 'mate', B `Images`."""
+with mates 'mate', B `Images`. With `teacher.cache_views` 'cached', view → the teacher's features (B, D); without it the
+teacher looks itself."""
 
 
 def crop_keys(keys: jax.Array, count: int) -> jax.Array:
@@ -57,7 +60,7 @@ class TrainStep:
     def __call__(self, state: State, frozen, batch: Batch, data: Resident | None) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
             index = batch["index"]
-            batch = {"image": data.take(index), "label": data.label[index], "index": index}
+            batch = {**batch, "image": data.take(index), "label": data.label[index]}
             if data.bag is not None:
                 batch["mate"] = data.take(mates(data.bag, index, self.recipe.seed, state.step))
             batch = self.shard(batch)
@@ -105,7 +108,15 @@ class TrainStep:
             inverse = jnp.argsort(order)
         views = self.views(state.step, batch, number * count + jnp.arange(count), order)
         ctx = self.context(state, batch, number, inverse)
-        return jax.value_and_grad(self.loss, has_aux=True)(state.trained, state, frozen, views, ctx)
+        with contextlib.ExitStack() as stack:
+            if "cached" in batch:
+                shuffled = {name for name, view in self.recipe.method.views.items() if view.shuffled}
+                cached = {
+                    name: promote(rows if order is None or name not in shuffled else rows[order])
+                    for name, rows in batch["cached"].items()
+                }
+                stack.enter_context(features_of_views("teacher", views, cached))
+            return jax.value_and_grad(self.loss, has_aux=True)(state.trained, state, frozen, views, ctx)
 
     def accumulate(self, state: State, frozen, batch: Batch):
         """As `micro` on the whole batch: means over the micro-batches, pushes concatenated in order."""
@@ -128,8 +139,14 @@ class TrainStep:
         return (loss, (push, metrics, stats)), grads
 
     def views(self, step: jax.Array, batch: Batch, row: jax.Array, order: jax.Array | None):
-        """Name → float32 view of the images, as `View` has it; `row` numbers them within the whole batch."""
+        """Name → float32 view of the images, as `View` has it.
+
+        A view is a function of a step and of `row`, the image's place within the whole batch; with
+        `teacher.cache_views` of the number of the epoch's views, and of the image's index in the set.
+        """
         views = {}
+        if self.recipe.cache_views:
+            step, row = step // self.recipe.steps_per_epoch % self.recipe.cache_views, batch["index"]
         for name, view in self.recipe.method.views.items():
             source, number = batch[view.source], row
             if view.shuffled and order is not None:

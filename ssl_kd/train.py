@@ -21,14 +21,16 @@ from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
 from ssl_kd.data.bags import load_or_mine
-from ssl_kd.data.loader import Loader
+from ssl_kd.data.cache import DTYPE as FEATURE_DTYPE
+from ssl_kd.data.cache import FeatureCache
+from ssl_kd.data.loader import SHARDED, Loader, own_rows, place
 from ssl_kd.data.quarantine import keep_lists, read_list
 from ssl_kd.data.resident import Residence, Resident, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.log import Bar, Metrics, console
-from ssl_kd.models import MODELS, NetworkSpec
+from ssl_kd.models import MODELS, Network, NetworkSpec, features_of_views
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.judge import Judge, headline, labelled
@@ -135,14 +137,90 @@ class Run:
             features,
             images=len(self.train),
             neighbours=self.bag_size,
-            data=f"{c.data.source} {c.data.train}, canvas {self.train.short}, image_size {c.image_size}, "
-            "teacher's entry " + ", ".join(str(c.teacher[key]) for key in ENTRY),
+            data=self.seen_by_the_teacher,
             teacher=teacher.digest,
             progress=lambda done, total: console.print(f"mining: {done:,} of {total:,} images"),
         )
 
-    def loader(self, bags: np.ndarray) -> Loader:
-        """The batches of the training set, with mates out of bags as `bags` gives them."""
+    @property
+    def seen_by_the_teacher(self) -> str:
+        """One line that says which images a frozen teacher sees, and how."""
+        c = self.config
+        entry = ", ".join(str(c.teacher[key]) for key in ENTRY)
+        canvas = f"canvas {self.train.short}, image_size {c.image_size}"
+        return f"{c.data.source} {c.data.train}, {canvas}, teacher's entry {entry}"
+
+    @functools.cached_property
+    def cached_views(self) -> tuple[str, ...]:
+        """The views whose features the frozen teacher computes once; none without `teacher.cache_views`.
+
+        Raises:
+          UserError: for a method that shows its teacher what is no fixed view of an image.
+        """
+        if not self.recipe.cache_views:
+            return ()
+        step, looks = TrainStep(self.recipe, self.mesh), list[tuple[str | None, str]]()
+
+        def loss(state: State, frozen, images: Images) -> jax.Array:
+            rows = jnp.arange(self.config.batch_size, dtype=jnp.int32)
+            batch = {"index": rows, "label": rows, "image": images, "mate": images}
+            views = step.views(state.step, batch, rows, None)
+            with features_of_views("teacher", views) as found:
+                value, _ = step.loss(state.trained, state, frozen, views, step.context(state, batch, 0))
+            looks.extend(found)
+            return value
+
+        pixels = jax.ShapeDtypeStruct((self.config.batch_size, *self.train.canvas, 3), np.uint8)
+        images = Images(pixels, jax.ShapeDtypeStruct((self.config.batch_size, 2), np.int32))
+        jax.eval_shape(loss, jax.eval_shape(self.create), self.frozen(), images)
+        views = self.recipe.method.views
+        if any(name is None or views[name].source == "mate" or norm != "running" for name, norm in looks):
+            raise UserError(
+                f"teacher.cache_views={self.recipe.cache_views} keeps what the teacher makes of single images, but "
+                f"method.name={self.config.method.name!r} as it is set shows it mixtures, mates or whole batches: set "
+                "it to 0."
+            )
+        return tuple(dict.fromkeys(name for name, _ in looks if name is not None))
+
+    def cache(self) -> FeatureCache | None:
+        """The frozen teacher's features of fixed views, computed where they are not on disk yet.
+
+        Raises:
+          UserError: for a directory of other features, or one that cannot be written.
+        """
+        if not self.cached_views:
+            return None
+        c, r, variables = self.config, self.recipe, self.frozen()["teacher"]
+        step, network = TrainStep(r, self.mesh), Network(r.specs["teacher"])
+        batch_size = c.probe.batch_size + -c.probe.batch_size % self.mesh.size
+        mine = own_rows(batch_size, self.mesh)
+
+        @functools.partial(jax.jit, out_shardings=self.replicated)
+        def look(variables, batch, number):
+            views = step.views(number * r.steps_per_epoch, batch, batch["index"], None)
+            see = functools.partial(network.apply, variables, norm="running", method="features")
+            return {name: see(views[name]).pooled for name in self.cached_views}
+
+        def compute(index: np.ndarray, number: int) -> dict[str, jax.Array]:
+            batch = {"image": self.train[index[mine]], "index": index[mine]}
+            return look(variables, place(batch, self.mesh, SHARDED), number)
+
+        shown = {name: r.method.views[name] for name in self.cached_views}
+        identity = {
+            "data": self.seen_by_the_teacher,
+            "teacher": self.pretrained["teacher"].digest,
+            "seed": c.seed,
+            "dtype": c.compute_dtype,
+            "augment": {name: [view.size, dataclasses.asdict(r.augmentation(view))] for name, view in shown.items()},
+        }
+        directory = Path(c.teacher.cache_path) if c.teacher.cache_path else self.workdir / "teacher"
+        width = r.specs["teacher"].feature_dim
+        cache = FeatureCache(directory, self.cached_views, r.cache_views, len(self.train), width)
+        cache.fill(compute, identity, batch_size)
+        return cache
+
+    def loader(self, bags: np.ndarray, cache: FeatureCache | None = None) -> Loader:
+        """The batches of the training set, with mates out of bags as `bags` gives them, and features of a cache."""
         c = self.config
         return Loader(
             self.train,
@@ -152,6 +230,7 @@ class Run:
             resident=self.resident,
             workers=c.data.workers,
             bags=bags,
+            cache=cache,
         )
 
     def abstract_inputs(self) -> tuple[dict[str, Any], Resident | None]:
@@ -167,6 +246,10 @@ class Run:
 
         count, batch_size = len(self.train), self.config.batch_size
         batch: dict[str, Any] = {"index": numbers(sharded, batch_size)}
+        if self.cached_views:
+            shape = batch_size, self.recipe.specs["teacher"].feature_dim
+            features = jax.ShapeDtypeStruct(shape, FEATURE_DTYPE, sharding=sharded)
+            batch["cached"] = dict.fromkeys(self.cached_views, features)
         if self.resident == "streamed":
             names = ("image", "mate") if self.bag_size else ("image",)
             batch |= dict.fromkeys(names, images(sharded, batch_size))
@@ -241,7 +324,9 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
             f"batch_size={config.batch_size} over optim.accum={config.optim.accum} gives {micro} images, not divisible "
             f"by the {devices} devices: use a multiple of {devices * config.optim.accum}."
         )
-    return Run(config, workdir, mesh, recipe, train, test, pretrained, recalled)
+    run = Run(config, workdir, mesh, recipe, train, test, pretrained, recalled)
+    run.cached_views  # noqa: B018  a method that it does not fit is known now
+    return run
 
 
 def adopt(config: ConfigDict, role: str, source: str, *, trained: bool) -> TrainedNetwork:
@@ -345,7 +430,7 @@ def fit(run: Run) -> dict[str, Any]:
         start, judge = int(state.step), Judge(run)
         with closing(Metrics(run.workdir, start)) as metrics:
             if start < total:
-                loader = run.loader(run.bags())
+                loader = run.loader(run.bags(), run.cache())
                 with Interruption() as interruption:
                     state = loop(run, loader, state, start, checkpoints, metrics, judge, interruption)
             checkpoints.wait()

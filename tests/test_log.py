@@ -1,11 +1,12 @@
-"""metrics.jsonl survives what can happen to it."""
+"""metrics.jsonl survives what can happen to it; and what long work says of itself."""
 
 import json
+import math
 
 import pytest
 
 from ssl_kd.errors import UserError
-from ssl_kd.log import Metrics
+from ssl_kd.log import Bar, Meter, Metrics
 
 
 def lines(workdir):
@@ -57,3 +58,21 @@ def test_an_unwritable_place_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir"):
         Metrics(tmp_path / "file" / "run", 0)
+
+
+def test_without_a_terminal_long_work_is_said_in_lines(capsys):
+    with Meter(5000, 2, "image", "packing …") as meter:
+        meter.show(3, "7 images/s", math.nan)
+        meter.show(4, "8 images/s", 90)  # too soon for a line
+        meter.show(5000, "9 images/s", 0)
+    with Bar(20, 4) as bar:
+        bar.update(5, images_per_second=math.nan, seconds_left=math.nan, loss=2.0)
+        bar.update(20, images_per_second=1234.5, seconds_left=90, loss=1.0, probed="kNN 25.0 %")
+    assert capsys.readouterr().out.splitlines() == [
+        "image 2/5,000 · packing …",
+        "image 3/5,000 · 7 images/s",
+        "image 5,000/5,000 · 9 images/s · 0.0 min left",
+        "step 4/20 · compiling the step …",
+        "step 5/20 · loss 2.000",
+        "step 20/20 · 1,234 images/s · loss 1.000 · kNN 25.0 % · 1.5 min left",
+    ]

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import pytest
 import runs
+from PIL import Image
 from runs import prepared
 
 from configs import base
 from ssl_kd import checkpoint, train
 from ssl_kd.checkpoint import Checkpoints, array_digest
 from ssl_kd.errors import UserError
+from ssl_kd.report import summarise
 from ssl_kd.state import State, abstract
 from ssl_kd.train import Interruption, fit, prepare
 from ssl_kd.trained import load, load_network
@@ -279,7 +281,7 @@ def test_a_student_of_another_image_size_is_refused(tmp_path):
         prepare(other, tmp_path / "other")
 
 
-def test_unlabelled_data_trains_and_reports_health_only(tmp_path, monkeypatch):
+def test_unlabelled_data_trains_and_reports_what_needs_no_labels(tmp_path, monkeypatch, capsys):
     opened = train.open_source
 
     def unlabelled(*args):
@@ -289,5 +291,66 @@ def test_unlabelled_data_trains_and_reports_health_only(tmp_path, monkeypatch):
         return source
 
     monkeypatch.setattr(train, "open_source", unlabelled)
-    results = fit(prepared(runs.config(epochs=0.5), tmp_path))
-    assert set(results["student"]) == {"feature_std", "effective_rank"}
+    run = prepared(runs.config(epochs=0.5, **{"probe.every_epochs": 0.2}), tmp_path)
+    results = fit(run)
+    assert set(results["student"]) == {"feature_std", "effective_rank", "nn_consistency", "nn_chance"}
+    assert results["student"]["nn_chance"] == 10 / 39 and 0 < results["student"]["nn_consistency"] <= 1
+    assert "probe/nn_consistency" in {name for line in metrics(tmp_path) for name in line}
+    summarise(run, results)
+    said = capsys.readouterr().out
+    assert "shared neighbours" in said and "-NN" not in said and "by chance" in said
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """96 images to train on, of which three are bad, and 40 to test on, of which one is."""
+    images = np.random.default_rng(0).integers(0, 256, (136, 28, 28, 3), np.uint8)
+    for i, image in enumerate(images):
+        path = tmp_path / "photos" / ("train" if i < 96 else "test") / "ab"[i % 2] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        if i in (5, 50, 95, 100):
+            path.write_bytes(path.read_bytes()[:1000])
+    return tmp_path / "photos"
+
+
+def test_bad_images_change_nothing_but_what_stands_in_for_them(damaged, tmp_path, monkeypatch, capsys):
+    """Held in memory; or streamed, stopped and resumed: the same weights, and every bad image listed once."""
+    data = {"data.source": f"folder:{damaged}", "data.train": "train", "data.test": "test"}
+    config = runs.config(**data)
+    results = fit(prepared(config, tmp_path / "whole"))
+    assert results["quarantined"] == 4
+    capsys.readouterr()
+    summarise(prepared(config, tmp_path / "whole"), results)
+    assert "in whose place others stood: 4, each named in" in capsys.readouterr().out
+    config = runs.config(**data, **{"data.resident": "off"})
+    original, calls = train.Metrics.write, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Metrics, "write", interrupted)
+        fit(prepared(config, tmp_path / "parts"))
+    assert fit(prepared(config, tmp_path / "parts"))["student"] == results["student"]
+    whole, parts = (
+        Checkpoints(tmp_path / name).restore(
+            abstract(prepared(config, tmp_path).create, prepared(config, tmp_path).replicated), 12
+        )
+        for name in ("whole", "parts")
+    )
+    assert array_digest(parts) == array_digest(whole)
+    lists = [(tmp_path / name / "quarantine.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    assert sorted(lists[0]) == sorted(lists[1]) and len(lists[0]) == 4
+
+
+def test_a_directory_of_garbage_stops_before_anything_is_compiled(damaged, tmp_path, monkeypatch):
+    for path in sorted((damaged / "train").rglob("*.png"))[::3]:
+        path.write_bytes(b"")
+    monkeypatch.setattr(train, "TrainStep", None)
+    config = runs.config(**{"data.source": f"folder:{damaged}", "data.train": "train", "data.test": "test"})
+    with pytest.raises(UserError, match=r"of the 96 images of .* cannot be read, more than data.max_bad=0.01 allows"):
+        fit(prepared(config, tmp_path / "run"))

@@ -24,6 +24,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.data.bags import mates
+from ssl_kd.data.cache import FeatureCache
 from ssl_kd.data.resident import Residence, Resident
 from ssl_kd.data.sources import Source, arrays, gather
 from ssl_kd.errors import UserError
@@ -63,6 +64,7 @@ class HostBatch:
     rows: np.ndarray  # (b,) positions of this process within the global batch
     threads: int
     bags: np.ndarray  # int32 (N, k), every image's nearest others; k = 0: no mates
+    cache: FeatureCache | None
 
     def indices(self, step: int) -> np.ndarray:
         """int32 (b,): which images, by the order law."""
@@ -78,7 +80,13 @@ class HostBatch:
         if self.bags.shape[1]:
             found = gather(self.source, mates(self.bags, index, self.seed, step), self.threads)
             batch["mate"], bad = found.images, bad | found.bad
-        return batch | {"bad": bad}
+        return self.taught(batch, step) | {"bad": bad}
+
+    def taught(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """The batch with what the teacher's features are, if they are kept."""
+        if self.cache is None:
+            return batch
+        return batch | {"cached": self.cache.rows(batch["index"], int(step) // (len(self.source) // self.batch_size))}
 
 
 class Loader:
@@ -95,6 +103,7 @@ class Loader:
       workers: reader processes; 0 reads in threads of this process, which scales while decoding dominates (it releases
         the interpreter's lock). With workers, the script must be guarded by `if __name__ == "__main__"`.
       bags: int32 (N, k), k others of every image, of which it gets one as its mate of the step (`ssl_kd.data.bags`).
+      cache: the teacher's features, for batches to bring along: 'cached', view → float16 (B, D).
 
     Raises: UserError when the set is smaller than a batch, or a batch does not divide over the mesh.
     """
@@ -109,6 +118,7 @@ class Loader:
         resident: Residence,
         workers: int = 0,
         bags: np.ndarray | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         n, shards = len(source), mesh.shape["data"] if mesh else 1
         if batch_size < 1 or n < batch_size:
@@ -119,7 +129,7 @@ class Loader:
         self._mesh, self._workers = mesh, workers
         threads = max(1, (os.cpu_count() or 1) // max(1, workers))
         bags = np.zeros((n, 0), np.int32) if bags is None else bags
-        self._host = HostBatch(source, batch_size, seed, own_rows(batch_size, mesh), threads, bags)
+        self._host = HostBatch(source, batch_size, seed, own_rows(batch_size, mesh), threads, bags, cache)
         self.data = None if resident == "streamed" else self._hold(resident)
 
     def batches(self, start: int, stop: int) -> Generator[dict[str, Any]]:
@@ -151,7 +161,8 @@ class Loader:
 
     def _resident(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         for step in range(start, stop):
-            yield {"index": place(self._stand_ins[self._host.indices(step)], self._mesh, SHARDED)}
+            batch = {"index": self._stand_ins[self._host.indices(step)]}
+            yield place(self._host.taught(batch, step), self._mesh, SHARDED)
 
     def _streamed(self, start: int, stop: int) -> Generator[dict[str, Any]]:
         if start >= stop:

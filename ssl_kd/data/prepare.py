@@ -32,6 +32,7 @@ import numpy as np
 import simplejpeg
 
 from ssl_kd.data.decode import decode, reduced, upright_jpeg
+from ssl_kd.data.quarantine import MIN_BAD
 from ssl_kd.data.readers import Reader, open_reader
 from ssl_kd.data.readers.arrayrecord import (
     INDEX,
@@ -54,9 +55,6 @@ BAD = "bad.txt"
 
 LOOKED_AT = 64
 """Images of a split that tell how large all will be, and whether the source is still the one that was begun."""
-
-MIN_BAD = 10
-"""Fewer unreadable images never stop the work, whatever share of those seen they are."""
 
 AHEAD = 8
 """Images in work or waiting to be written, for every thread: what bounds memory."""

@@ -106,7 +106,7 @@ class Source:
 
         Raises: UserError when there is none among TRIES.
         """
-        tries = [(i + k) % len(self) for k in range(min(TRIES, len(self)))]
+        tries = [i, *((i + k) % len(self) for k in range(1, min(TRIES, len(self))))]
         for number in tries:
             try:
                 return number, self.image(number)
@@ -151,9 +151,10 @@ def open_source(spec: str, split: str, canvas: int = 256, max_bad: float = 0.01)
     source = Source(reader, rows, canvas, (longest(canvas),) * 2, quarantine)
     some = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
 
-    def size_or_error(i: int) -> tuple[int, ...] | UserError:
+    def size_or_error(i: int) -> tuple[int, int] | UserError:
         try:
-            return source.image(i).shape[:2]
+            height, width, _ = source.image(i).shape
+            return height, width
         except UserError as error:  # counted when it is read for what it holds
             return error
 
@@ -176,13 +177,13 @@ class Gathered(NamedTuple):
     Attributes:
       images: B of them.
       labels: int32 (B,), −1 where unknown.
-      index: int32 (B,), their numbers: not the wanted ones where others stand in.
+      numbers: int32 (B,), of the images: not the wanted ones where others stand in.
       bad: rows of the reader that could not be read, and why.
     """
 
     images: Images
     labels: np.ndarray
-    index: np.ndarray
+    numbers: np.ndarray
     bad: dict[int, str]
 
 
@@ -195,20 +196,20 @@ def gather(source: Source, chosen: np.ndarray, threads: int = 0) -> Gathered:
     """
     threads = threads or os.cpu_count() or 1
     images = Images(np.zeros((len(chosen), *source.canvas, 3), np.uint8), np.empty((len(chosen), 2), np.int32))
-    labels, index = np.empty((2, len(chosen)), np.int32)
+    labels, numbers = np.empty((2, len(chosen)), np.int32)
     bad: dict[int, str] = {}
 
     def fill(first: int) -> None:  # threads interleave, so that sequential rows share a file's row group
         for i in range(first, len(chosen), threads):
-            index[i], image = source.first_readable(int(chosen[i]), bad)
+            numbers[i], image = source.first_readable(int(chosen[i]), bad)
             height, width, _ = image.shape
             images.pixels[i, :height, :width] = image
             images.size[i] = height, width
-            labels[i] = source.label(index[i])
+            labels[i] = source.label(numbers[i])
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(fill, range(threads)))
-    return Gathered(images, labels, index, bad)
+    return Gathered(images, labels, numbers, bad)
 
 
 def arrays(source: Source, chosen: np.ndarray | None = None, threads: int = 0) -> tuple[Images, np.ndarray]:

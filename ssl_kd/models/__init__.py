@@ -221,6 +221,27 @@ def backbone_calls(features: Sequence[Features] | None = None) -> Generator[list
         yield calls
 
 
+@contextlib.contextmanager
+def features_of_views(
+    network: str, views: Mapping[str, jax.Array], pooled: Mapping[str, jax.Array] | None = None
+) -> Generator[list[tuple[str | None, str]]]:
+    """Lists which views a network of `Networks` looks at inside, None for what is no view, and its kind of statistics;
+    with `pooled`, a view → (B, D), these stand in for what its backbone would make of them."""
+    looks: list[tuple[str | None, str]] = []
+
+    def intercept(function, args, kwargs, context):
+        if context.method_name != "features" or context.module.path != (network,):
+            return function(*args, **kwargs)
+        name = next((name for name, view in views.items() if view is args[0]), None)
+        looks.append((name, kwargs["norm"]))
+        if pooled is None or name is None:
+            return function(*args, **kwargs)
+        return Features(stages=(), pooled=pooled[name])
+
+    with nn.intercept_methods(intercept):
+        yield looks
+
+
 def backbone_forward(
     spec: NetworkSpec, variables: Mapping[str, Any], images: jax.Array, *, norm: str
 ) -> tuple[Features, Mapping[str, Any]]:

@@ -40,8 +40,9 @@ def consistency(
                      methods train on mirrored pairs; a tighter crop changes scale and border, not what is shown.
     nn_chance        k / (N − 1), its expectation when the two sets of neighbours have nothing to do with each other.
 
-    k = 10 of at most 2000 images, spaced evenly through the set; of fewer than 11, all others are neighbours. Nothing
-    ({}) of a single image.
+    It measures what is kept, not what is meant: raw pixels keep neighbours as well. Compare it with theirs, and with
+    those of random weights. k = 10 of at most 2000 images, spaced evenly through the set; of fewer than 11, all others
+    are neighbours. Nothing ({}) of a single image.
 
     Args:
       apply, batch_size, mesh: as for `extract`.

@@ -60,9 +60,11 @@ class Judge:
         """The trained network, raw pixels and the network's random weights under the same probes."""
         c = self.run.config
         sets = labelled(self.run.train, c.probe.train_images), labelled(self.run.test)
-        features = {self.role: lambda: Partial(self.apply, self.variables(state))}
-        if sets[0].num_classes and sets[1].num_classes:
-            features |= {"raw pixels": lambda: Partial(raw_pixels), "random weights": self.random_features}
+        features = {
+            self.role: lambda: Partial(self.apply, self.variables(state)),
+            "raw pixels": lambda: Partial(raw_pixels),
+            "random weights": self.random_features,
+        }
         results = {}
         for name, apply in features.items():
             console.print(f"Probing {name} …")

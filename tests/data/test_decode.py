@@ -125,6 +125,7 @@ def test_of_an_animation_the_first_frame_counts(kind):
 def test_cmyk_jpeg_has_its_colours():
     image = smooth(32, 32)
     data = encode(Image.fromarray(image).convert("CMYK"), "JPEG", quality=95)
+    assert upright_jpeg(data) is None and upright_jpeg(encode(image, "JPEG")) == (32, 32) and not upright_jpeg(b"\xff")
     assert np.abs(read(data).astype(int) - image).mean() < 4
 
 

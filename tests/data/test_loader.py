@@ -23,8 +23,6 @@ from ssl_kd.errors import UserError
 
 N, B = 43, 8
 S = N // B
-BROKEN = 1
-"""Row of the split 'broken', of 143, that opening the set does not look at."""
 
 
 def png(value: int) -> bytes:
@@ -35,14 +33,10 @@ def png(value: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A parquet set whose image i is all i, 4 wide and 3 + i % 2 high, labelled i % 7; its split 'broken' has junk."""
+    """A parquet set whose image i is all i, 4 wide and 3 + i % 2 high, labelled i % 7."""
     path = tmp_path_factory.mktemp("images")
-    images = [png(i) for i in range(N)]
-    broken = [*images, *[images[0]] * 100]
-    broken[BROKEN] = b"junk"
-    for split, cells in (("train", images), ("broken", broken)):
-        table = pa.table({"image": pa.array(cells, pa.binary()), "label": np.arange(len(cells)) % 7})
-        pq.write_table(table, path / f"{split}.parquet", row_group_size=10)
+    table = pa.table({"image": pa.array([png(i) for i in range(N)], pa.binary()), "label": np.arange(N) % 7})
+    pq.write_table(table, path / "train.parquet", row_group_size=10)
     return path
 
 
@@ -165,22 +159,6 @@ def test_processes_share_out_every_batch(source, processes, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(shares, axis=1), expected)
     assert len(np.unique(expected)) == S * B
     assert own_rows(B, mesh_of(8)).shape == (B // processes,)  # as the last of them
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_a_user_error(directory, workers):
-    loader = Loader(
-        open_source(f"hf:{directory}", "broken", canvas=4),
-        batch_size=B,
-        seed=3,
-        mesh=None,
-        resident="streamed",
-        workers=workers,
-    )
-    with pytest.raises(UserError) as error:
-        list(loader.batches(0, 2 * loader.steps_per_epoch))
-    assert str(error.value).startswith(f"row {BROKEN} of {directory}/broken.parquet is not a readable image (")
-    assert str(error.value).endswith("; restore or remove it")
 
 
 def test_a_loop_left_early_leaves_no_threads(source):

@@ -288,7 +288,7 @@ def test_corrupt_image_names_file_and_row(tmp_path, kind):
     write_parquet(tmp_path / "train-00000-of-00002.parquet", [png] * 5)
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [png] * 4 + [bad])
     with pytest.raises(UserError, match=r"row 4 of .*train-00001-of-00002.parquet (is not a readable|has no image)"):
-        decoded(open_source(f"hf:{tmp_path}", "train"))
+        open_source(f"hf:{tmp_path}", "train").image(9)
 
 
 def test_no_image_column_and_disagreeing_files(tmp_path):
@@ -298,7 +298,7 @@ def test_no_image_column_and_disagreeing_files(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [encode(noise(1, 2, 2)[0])])
     write_parquet(tmp_path / "train-1.parquet", [encode(noise(1, 2, 2)[0])], image="picture")
     with pytest.raises(UserError, match=r"train-1.parquet lacks the column 'image.bytes' of train-0.parquet"):
-        decoded(open_source(f"hf:{tmp_path}", "train"))
+        open_source(f"hf:{tmp_path}", "train").image(1)
 
 
 def test_label_beyond_the_declared_classes(tmp_path):
