@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.every_epochs = 5.0  # between checkpoints; there is always one at the end
     c.checkpoint.keep = 2  # newest checkpoints kept
     c.probe = ConfigDict()
-    c.probe.every_epochs = 5.0  # between kNN probes while training; 0 = only at the end
+    c.probe.every_epochs = 5.0  # between quick probes while training; 0 = only at the end
     c.probe.knn = (10, 20, 200)  # k of weighted kNN
     c.probe.knn_bank = 2000  # training (and test) images of the kNN probe while training, chosen at random
     c.probe.train_images = 128_000  # training images of the final probes, chosen at random; all, if there are fewer

@@ -105,7 +105,8 @@ class Loader:
       bags: int32 (N, k), k others of every image, of which it gets one as its mate of the step (`ssl_kd.data.bags`).
       cache: the teacher's features, for batches to bring along: 'cached', view → float16 (B, D).
 
-    Raises: UserError when the set is smaller than a batch, or a batch does not divide over the mesh.
+    Raises: UserError when the set is smaller than a batch, a batch does not divide over the mesh, or too many images of
+      a resident set cannot be read.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Loader:
         Resident sets give {'index': int32 (B,)}; others also 'image', B `Images`, with bags 'mate' alike, and 'label'
         int32 (B,), with one batch already sent to the devices while the step before it runs.
 
-        Raises: UserError from the source, the same sentence also when a worker process met it.
+        Raises: UserError when too many images cannot be read, whoever met them.
         """
         batches = self._resident(start, stop) if self.data is not None else self._streamed(start, stop)
         _open_generators.add(batches)

@@ -52,11 +52,10 @@ class Quarantine:
     def __reduce__(self) -> tuple:
         return Quarantine, (self.name, self.images, self.max_bad)
 
-    def keep(self, workdir: Path) -> None:
-        """From now on, writes the list in a run's work directory, and goes on with what is there."""
-        number = jax.process_index()
-        self._file = workdir / (FILE.replace(".", f".{number}.") if number else FILE)
-        self.listed |= {row for name, row in read_list(workdir) if name == self.name}
+    def keep(self, file: Path, listed: Iterable[tuple[str, int]]) -> None:
+        """From now on writes the list there, and goes on from what is listed, sets and rows."""
+        self._file = file
+        self.listed |= {row for name, row in listed if name == self.name}
 
     def report(self, bad: Mapping[int, str], where: Callable[[int], str]) -> None:
         """Takes down rows of the reader that could not be read, and why. What is known already is not said again.
@@ -74,7 +73,7 @@ class Quarantine:
                 if len(self.listed) <= SAID:
                     console.print(f"The next image stands in for this one: {bad[row]}.")
                 elif len(self.listed) == SAID + 1:
-                    console.print(f"More images cannot be read; {self._file or 'the first ten'} names them.")
+                    console.print(f"More images cannot be read{f'; {self._file} names them' * bool(self._file)}.")
             if bad and len(self.listed) >= MIN_BAD and len(self.listed) > self.max_bad * self.images:
                 named = f"{self._file} names them, the last one" if self._file else "the last one"
                 raise UserError(
@@ -96,11 +95,14 @@ class Quarantine:
 def keep_lists(quarantines: Iterable[Quarantine], workdir: Path, *, begun: bool) -> None:
     """Has the bad images of these sets listed in a run's work directory. What is listed there counts if the run has
     `begun`; else it is what an earlier attempt met, which may have been mended since, and is removed."""
-    if not begun and jax.process_index() == 0:
-        for file in _lists(workdir):
-            file.unlink()
+    lists = [workdir / FILE, *(workdir / FILE.replace(".", f".{p}.") for p in range(1, jax.process_count()))]
+    own = lists[jax.process_index()]
+    if not begun:
+        own.unlink(missing_ok=True)
+        for file in set(_lists(workdir)) - set(lists):  # of an attempt with more processes
+            file.unlink(missing_ok=True)
     for quarantine in quarantines:
-        quarantine.keep(workdir)
+        quarantine.keep(own, read_list(workdir) if begun else ())
 
 
 def read_list(workdir: Path) -> set[tuple[str, int]]:

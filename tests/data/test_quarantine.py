@@ -208,6 +208,8 @@ def test_a_resumed_run_goes_on_with_the_list_and_a_new_one_begins_anew(folder, t
 def test_every_process_has_its_file_and_knows_the_stand_ins_of_all(folder, tmp_path, monkeypatch):
     first = opened(folder)
     second = again(first)
+    (tmp_path / "quarantine.7.jsonl").write_text("of an attempt with more processes")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     keep_lists([first.quarantine], tmp_path, begun=False)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     keep_lists([second.quarantine], tmp_path, begun=False)
@@ -217,7 +219,7 @@ def test_every_process_has_its_file_and_knows_the_stand_ins_of_all(folder, tmp_p
     assert [json.loads(line)["row"] for line in lines] == [12, 39]
     assert {row for _, row in read_list(tmp_path)} == {3, 4, 5, 12, 39}
     alone = [np.isin(np.arange(N), list(source.quarantine.met)) for source in (first, second)]
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert not (tmp_path / "quarantine.7.jsonl").exists()
     monkeypatch.setattr(sources.multihost_utils, "process_allgather", lambda mine: np.stack(alone))
     known = [stand_in(i) if i in (3, 4, 5, 12, 39) else i for i in range(N)]
     assert first.stand_ins().tolist() == second.stand_ins().tolist() == known
@@ -266,6 +268,8 @@ def test_after_ten_the_console_names_the_list(tmp_path, capsys):
     *ten, last = capsys.readouterr().out.splitlines()
     assert len(ten) == 10 and last == f"More images cannot be read; {tmp_path}/quarantine.jsonl names them."
     assert len(listed(tmp_path)) == 12
+    arrays(again(source))  # not of a run
+    assert capsys.readouterr().out.splitlines() == [*ten, "More images cannot be read."]
 
 
 def test_garbage_alone_is_refused_when_it_is_opened(tmp_path):
@@ -293,7 +297,7 @@ def test_a_hundred_in_a_row_are_not_single_images(tmp_path, workers):
 def test_a_list_that_cannot_be_written_is_one_sentence(folder, tmp_path):
     (tmp_path / "file").write_text("")
     source = opened(folder)
-    source.quarantine.keep(tmp_path / "file")
+    source.quarantine.keep(tmp_path / "file" / "quarantine.jsonl", ())
     with pytest.raises(UserError, match=r"^cannot write .*file/quarantine\.jsonl \(Not a directory\): free space"):
         arrays(source)
 
