@@ -105,7 +105,7 @@ def probe_table(results: Mapping[str, Any], title: str) -> Table:
     if "nn_chance" in first:
         captions.append(f"neighbours: shared by two views of an image, {100 * first['nn_chance']:.1f} by chance")
     table = Table(title=f"{title}, in %", caption="\n".join(captions))
-    table.add_column("features")
+    table.add_column("features", no_wrap=True)
     for column in (*names.values(), "effective rank"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
@@ -116,7 +116,7 @@ def probe_table(results: Mapping[str, Any], title: str) -> Table:
 def layer_table(results: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """Accuracy of every layer of each network, in %, and which is the best."""
     table = Table(title=f"{title}, in %")
-    table.add_column("network")
+    table.add_column("network", no_wrap=True)
     for column in (*next(iter(results.values())), "best"):
         table.add_column(column, justify="right")
     for name, row in results.items():
