@@ -20,7 +20,7 @@ from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
 from ssl_kd.probes.layerwise import EPOCHS, layer_probe
 from ssl_kd.recipe import short_side
 from ssl_kd.state import State
-from ssl_kd.trained import TrainedNetwork
+from ssl_kd.trained import RunNetwork, TrainedNetwork
 
 if TYPE_CHECKING:
     from ssl_kd.train import Run
@@ -119,7 +119,7 @@ def probe_network(
     apply, c = Partial(pooled_features(found.spec, found.image_size), found.variables), config.probe
     sets = labelled(train_set, c.train_images), labelled(test_set)
     row = evaluate(apply, *sets, ks=c.knn, linear=True, batch_size=c.batch_size, mesh=all_devices())
-    return {found.description: row}
+    return {row_name(found): row}
 
 
 def probe_layers(
@@ -138,7 +138,12 @@ def probe_layers(
     """
     sets = open_splits(config, source, train, test)
     row = layer_probe(found, *sets, image_size=found.image_size, epochs=epochs, mesh=all_devices(), progress=True)
-    return {found.description: row}
+    return {row_name(found): row}
+
+
+def row_name(network: TrainedNetwork) -> str:
+    """What a table calls it, whose title says where it is from."""
+    return network.description if isinstance(network, RunNetwork) else network.spec.name
 
 
 def open_splits(config: ConfigDict, source: str, train: str, test: str) -> tuple[Source, Source]:
