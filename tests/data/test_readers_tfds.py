@@ -53,6 +53,15 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path, monkeypatch):
         open_reader("tfds:cifar10", "train")
     assert "tensorflow" not in sys.modules
 
+    class Damaged:
+        def __getitem__(self, row):
+            raise RuntimeError("Crc32 mismatch")
+
+    reader.rows = Damaged()
+    for read in (reader.read, reader.label_of):
+        with pytest.raises(UserError, match=r"row 3 of tfds:tiny train cannot be read \(Crc32 mismatch\); prepare"):
+            read(3)
+
 
 def test_unknown_or_not_installed(monkeypatch):
     with pytest.raises(UserError, match="'tfds:nonesuch' cannot be opened"):

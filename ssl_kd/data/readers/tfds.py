@@ -1,5 +1,7 @@
 """TensorFlow Datasets, read without TensorFlow."""
 
+from typing import Any
+
 import numpy as np
 
 from ssl_kd.errors import UserError, reason
@@ -45,13 +47,19 @@ class TfdsReader:
         return len(self.rows)
 
     def read(self, row: int) -> bytes:
-        return self.rows[row][self.image]
+        return self._example(row)[self.image]
 
     def labels(self) -> np.ndarray:
         return np.array([self.label_of(row) for row in range(len(self))], np.int32)
 
     def label_of(self, row: int) -> int:
-        return int(self.rows[row][self.label]) if self.label else -1
+        return int(self._example(row)[self.label]) if self.label else -1
+
+    def _example(self, row: int) -> dict[str, Any]:
+        try:
+            return self.rows[row]
+        except (OSError, RuntimeError, ValueError) as error:  # array_record's and protobuf's, of a damaged shard
+            raise UserError(f"{self.where(row)} cannot be read ({reason(error)}); prepare the set again") from error
 
     def where(self, row: int) -> str:
         return f"row {row} of tfds:{self.name} {self.split}"
