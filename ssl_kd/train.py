@@ -21,8 +21,7 @@ from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
 from ssl_kd.data.bags import load_or_mine
-from ssl_kd.data.cache import DTYPE as FEATURE_DTYPE
-from ssl_kd.data.cache import FeatureCache
+from ssl_kd.data.cache import FEATURE_DTYPE, FeatureCache
 from ssl_kd.data.loader import SHARDED, Loader, own_rows, place
 from ssl_kd.data.quarantine import keep_lists, read_list
 from ssl_kd.data.resident import Residence, Resident, decide_resident

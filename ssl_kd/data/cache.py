@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from ssl_kd.errors import UserError, reason
 from ssl_kd.log import Meter, console
 
-DTYPE = np.dtype(np.float16)
+FEATURE_DTYPE = np.dtype(np.float16)
 """Eleven significant bits of each feature, in half the bytes."""
 
 IDENTITY = "features.json"
@@ -49,7 +49,7 @@ class FeatureCache:
     def rows(self, index: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
         """Kind of view → float16 (b, D): the features of these images' views in an epoch."""
         shape, number = (self.images, self.width), epoch % self.numbers
-        files = {name: np.memmap(self._path(name, number), DTYPE, "r", shape=shape) for name in self.names}
+        files = {name: np.memmap(self._path(name, number), FEATURE_DTYPE, "r", shape=shape) for name in self.names}
         return {name: np.asarray(rows[index]) for name, rows in files.items()}
 
     def fill(
@@ -78,7 +78,7 @@ class FeatureCache:
         missing = int(self.numbers * self.images - there.sum())
         if not missing:
             return
-        size = missing * len(self.names) * self.width * DTYPE.itemsize
+        size = missing * len(self.names) * self.width * FEATURE_DTYPE.itemsize
         free = shutil.disk_usage(self.directory).free
         said = f"{size / 2**20:,.0f} MiB of features, {free / 2**20:,.0f} MiB are free"
         console.print(
@@ -105,7 +105,7 @@ class FeatureCache:
             if jax.process_index() == 0:
                 files = {name: stack.enter_context(self._path(name, number).open("ab")) for name in self.names}
             for file in files.values():
-                file.truncate(start * self.width * DTYPE.itemsize)
+                file.truncate(start * self.width * FEATURE_DTYPE.itemsize)
             running: tuple[int, Mapping[str, jax.Array]] | None = None
             for row in [*range(start, self.images, batch_size), None]:
                 following = None
@@ -117,25 +117,25 @@ class FeatureCache:
                     stop = min(done + batch_size, self.images)
                     for name, values in jax.device_get(features).items():
                         rows = values[: stop - done]
-                        if not np.abs(rows).max() <= np.finfo(DTYPE).max:  # nor if it is NaN
+                        if not np.abs(rows).max() <= np.finfo(FEATURE_DTYPE).max:  # nor if it is NaN
                             raise UserError(
                                 f"the teacher's features of images {done} to {stop - 1} are not finite in 16 bits: set "
                                 "teacher.cache_views=0."
                             )
                         if name in files:
-                            files[name].write(rows.astype(DTYPE).tobytes())
+                            files[name].write(rows.astype(FEATURE_DTYPE).tobytes())
                             files[name].flush()
                     yield stop
                 running = following
 
     def _path(self, name: str, number: int) -> Path:
-        return self.directory / f"{name}-{number}.{DTYPE.name}"
+        return self.directory / f"{name}-{number}.{FEATURE_DTYPE.name}"
 
     def _whole_rows(self, number: int) -> int:
         """Rows that the files of a number all have."""
         files = [self._path(name, number) for name in self.names]
         sizes = [file.stat().st_size if file.exists() else 0 for file in files]
-        return min(self.images, min(sizes) // (self.width * DTYPE.itemsize))
+        return min(self.images, min(sizes) // (self.width * FEATURE_DTYPE.itemsize))
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
         """Notes what the features are of, or compares it with what is noted."""

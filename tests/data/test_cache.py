@@ -34,7 +34,7 @@ def features_of(rig, step):
     batch = {"index": index, "image": rig.data.image[index]}
     views = train_step.views(step, batch, index, None)
     seen = {name: Network(spec).apply(frozen, view, norm="running", method="features") for name, view in views.items()}
-    return {name: features.pooled.astype(module.DTYPE) for name, features in seen.items()}
+    return {name: features.pooled.astype(module.FEATURE_DTYPE) for name, features in seen.items()}
 
 
 @pytest.mark.parametrize("method", ["simreg", "disco"])
