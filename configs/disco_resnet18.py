@@ -7,7 +7,7 @@ The wide hidden layer of the student's head is the paper's remedy for the distil
 --config.student.head_hidden=512.
 
 Published (ImageNet linear, teacher 67.4): 60.6, MoCo-v2 alone 52.5; not measured here. In small (CIFAR-10, a public
-teacher, benchmarks/methods.md): 46.8, MoCo-v2 alone 40.0. On 2 CPU cores 74 images/s, the embedded preset 25 minutes.
+teacher, benchmarks/methods.md): 46.8, MoCo-v2 alone 40.0. Embedded, 2 CPU cores: 74 images/s, so 25 min.
 """
 
 from configs import base

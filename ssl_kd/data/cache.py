@@ -140,7 +140,8 @@ class FeatureCache:
     def _claim(self, identity: Mapping[str, Any]) -> None:
         """Notes what the features are of, or compares it with what is noted."""
         path = self.directory / IDENTITY
-        wanted = json.loads(json.dumps({**identity, "views": self.names, "numbers": self.numbers}))
+        shape = {"views": self.names, "numbers": self.numbers, "images": self.images}
+        wanted = json.loads(json.dumps({**identity, **shape}))
         if path.exists():
             try:
                 there = dict(json.loads(path.read_text()))

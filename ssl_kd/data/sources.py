@@ -75,8 +75,8 @@ class Source:
         return len(self) * self.canvas[0] * self.canvas[1] * 3
 
     def labels(self) -> np.ndarray:
-        """int32 (N,), −1 where unknown; no image is decoded for them."""
-        return self.reader.labels()[self.rows]
+        """int32 (N,), −1 where unknown; no image is decoded for them, and no other row is asked for its own."""
+        return np.fromiter((self.label(i) for i in range(len(self))), np.int32, len(self))
 
     def label(self, i: int) -> int:
         return self.reader.label_of(int(self.rows[i]))

@@ -118,6 +118,8 @@ def test_other_features_are_refused_by_what_differs(tmp_path):
         filled(tmp_path, identity={"data": "those"})
     with pytest.raises(UserError, match=r"numbers \(2 there, 3 now\)"):
         filled(tmp_path, numbers=3)
+    with pytest.raises(UserError, match=r"images \(10 there, 9 now\)"):
+        filled(tmp_path, images=9)
     (tmp_path / module.IDENTITY).write_text("{")
     with pytest.raises(UserError, match=r"features\.json is damaged"):
         filled(tmp_path)
