@@ -34,7 +34,7 @@ from ssl_kd.data.loader import Loader
 from ssl_kd.data.prepare import Packing, pack_set
 from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
-from ssl_kd.train import prepare
+from ssl_kd.run import prepare
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Times that all sides are timed, in turn.", lower_bound=1)
 SECONDS = flags.DEFINE_float("seconds", 3.0, "Of each timing.")

@@ -23,8 +23,8 @@ from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.methods import Aux
 from ssl_kd.methods.mokd import GLOBALS, MOKD, look
+from ssl_kd.run import prepare
 from ssl_kd.step import TrainStep
-from ssl_kd.train import prepare
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 120.0, "For all timings together; compilation comes on top.")

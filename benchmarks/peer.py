@@ -29,8 +29,8 @@ from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
 from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.recipe import flatten
+from ssl_kd.run import Run, prepare
 from ssl_kd.step import TrainStep
-from ssl_kd.train import Run, prepare
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 60.0, "For all timings together.")

@@ -14,7 +14,7 @@ from ssl_kd import command
 from ssl_kd.bench import bench
 from ssl_kd.log import console
 from ssl_kd.report import bench_table
-from ssl_kd.train import prepare
+from ssl_kd.run import prepare
 
 CONFIG = command.define_config()
 SECONDS = flags.DEFINE_float("seconds", 30.0, "For all timings together; compilation comes on top.")

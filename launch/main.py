@@ -9,7 +9,8 @@ from absl import flags
 
 from ssl_kd import command
 from ssl_kd.report import estimate, summarise
-from ssl_kd.train import fit, prepare
+from ssl_kd.run import prepare
+from ssl_kd.train import fit
 
 CONFIG = command.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config>-<preset>[-<overrides>].")

@@ -29,9 +29,9 @@ from ssl_kd.data.loader import SHARDED, place
 from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.models.layers import Features
+from ssl_kd.run import Run
 from ssl_kd.state import State, abstract
 from ssl_kd.step import TrainStep
-from ssl_kd.train import Run
 
 ROUNDS = 5
 """Times each part is measured, all in turn; medians count."""

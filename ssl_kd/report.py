@@ -10,8 +10,8 @@ from rich.table import Table
 from ssl_kd.bench import flops_of, matmul_rate
 from ssl_kd.data import quarantine
 from ssl_kd.log import console
+from ssl_kd.run import Run
 from ssl_kd.state import abstract
-from ssl_kd.train import Run
 
 ASSUMED_UTILISATION = 0.4
 """Share of the measured matrix-multiply rate a step is assumed to reach; only the estimate of time rests on it."""

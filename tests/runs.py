@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from ssl_kd import train
 from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.log import Metrics
+from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
 
 
@@ -30,9 +31,9 @@ def config(**changes):
     return c
 
 
-def prepared(config, workdir: Path) -> train.Run:
+def prepared(config, workdir: Path) -> Run:
     """A run on one device: the loop does not care, and it compiles in half the time."""
-    run = train.prepare(config, workdir)
+    run = prepare(config, workdir)
     run.mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
     return run
 

@@ -14,8 +14,8 @@ from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
 from ssl_kd.report import bench_table
+from ssl_kd.run import prepare
 from ssl_kd.step import TrainStep
-from ssl_kd.train import prepare
 
 
 def jaxpr_flops(function, *arguments):

@@ -19,10 +19,12 @@ from runs import prepared
 from configs import base
 from ssl_kd import checkpoint, train
 from ssl_kd.checkpoint import Checkpoints, array_digest
+from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
 from ssl_kd.report import summarise
+from ssl_kd.run import prepare
 from ssl_kd.state import State, abstract
-from ssl_kd.train import Interruption, fit, prepare
+from ssl_kd.train import Interruption, fit
 from ssl_kd.trained import load, load_network
 
 
@@ -282,15 +284,13 @@ def test_a_student_of_another_image_size_is_refused(tmp_path):
 
 
 def test_unlabelled_data_trains_and_reports_what_needs_no_labels(tmp_path, monkeypatch, capsys):
-    opened = train.open_source
-
     def unlabelled(*args):
-        source = opened(*args)
+        source = open_source(*args)
         reader = source.reader
         reader.num_classes, reader.label_of, reader.labels = None, lambda row: -1, lambda: np.full(len(reader), -1)
         return source
 
-    monkeypatch.setattr(train, "open_source", unlabelled)
+    monkeypatch.setattr("ssl_kd.run.open_source", unlabelled)
     run = prepared(runs.config(epochs=0.5, **{"probe.every_epochs": 0.2}), tmp_path)
     results = fit(run)
     assert set(results["student"]) == {"feature_std", "effective_rank", "nn_consistency", "nn_chance"}
@@ -350,7 +350,7 @@ def test_bad_images_change_nothing_but_what_stands_in_for_them(damaged, tmp_path
 def test_a_directory_of_garbage_stops_before_anything_is_compiled(damaged, tmp_path, monkeypatch):
     for path in sorted((damaged / "train").rglob("*.png"))[::3]:
         path.write_bytes(b"")
-    monkeypatch.setattr(train, "TrainStep", None)
+    monkeypatch.setattr("ssl_kd.run.TrainStep", None)
     config = runs.config(**{"data.source": f"folder:{damaged}", "data.train": "train", "data.test": "test"})
     with pytest.raises(UserError, match=r"of the 96 images of .* cannot be read, more than data.max_bad=0.01 allows"):
         fit(prepared(config, tmp_path / "run"))

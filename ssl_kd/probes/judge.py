@@ -23,7 +23,7 @@ from ssl_kd.state import State
 from ssl_kd.trained import RunNetwork, TrainedNetwork
 
 if TYPE_CHECKING:
-    from ssl_kd.train import Run
+    from ssl_kd.run import Run
 
 PROBE_BYTES = 2 << 30
 """Largest decoded set that probes keep in host memory."""

@@ -15,8 +15,9 @@ from ssl_kd.data import cache as module
 from ssl_kd.data.cache import FeatureCache
 from ssl_kd.errors import UserError
 from ssl_kd.models import Network
+from ssl_kd.run import prepare
 from ssl_kd.step import TrainStep
-from ssl_kd.train import fit, prepare
+from ssl_kd.train import fit
 
 
 def cached_config(method, views=2, **fields):
