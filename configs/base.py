@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     c.student = network("alexnet")
     c.teacher = network("resnet50")
     c.bn_groups = 1  # independent batch-norm groups of a batch; above 1 the key views are shuffled across them
+    c.sharding = "replicated"  # of state and frozen networks: whole on every device | 'fsdp': split over the devices
     c.remat = False  # recompute residual blocks in the backward pass: less memory, more time
     c.compute_dtype = "float32"  # of activations: 'float32' | 'bfloat16'
 

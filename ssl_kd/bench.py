@@ -23,14 +23,14 @@ import numpy as np
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from ssl_kd.data.loader import SHARDED, place
 from ssl_kd.images import Images
+from ssl_kd.mesh import REPLICATED, SHARDED, place
 from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.models.layers import Features
 from ssl_kd.run import Run
-from ssl_kd.state import State, abstract
+from ssl_kd.state import State
 from ssl_kd.step import TrainStep
 
 ROUNDS = 5
@@ -88,11 +88,13 @@ class Part:
 
         The bytes are an upper bound: caches hold some of them.
         """
-        replicated = NamedSharding(mesh, PartitionSpec())
-        carry: dict[str, Any] = {"donate_argnums": 0, "out_shardings": (replicated, replicated)} if self.carried else {}
+        first, *others = self.arguments
+        carry: dict[str, Any] = {}
+        if self.carried:
+            out = jax.tree.map(lambda x: x.sharding, first), NamedSharding(mesh, REPLICATED)
+            carry = {"donate_argnums": 0, "out_shardings": out}
         compiled = jax.jit(self.function, **carry).lower(*self.arguments).compile()
         moved = self.times * mesh.size * (compiled.cost_analysis() or {}).get("bytes accessed", math.nan)
-        first, *others = self.arguments
 
         def call():
             nonlocal first
@@ -241,7 +243,7 @@ def stepper(run: Run) -> Part:
 
 def compile_seconds(run: Run) -> tuple[float, float]:
     """Seconds to trace and compile the step: anew, and again from a persistent cache."""
-    state, (batch, data), frozen = abstract(run.create, run.replicated), run.abstract_inputs(), run.frozen()
+    state, (batch, data), frozen = run.abstract, run.abstract_inputs(), run.frozen()
     changed = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in changed}
     seconds = []
@@ -323,7 +325,7 @@ def bench(run: Run, budget: float) -> dict[str, Any]:
     jax.block_until_ready(whole())
     peak = peak_bytes()
     pixels = np.zeros((c.batch_size // c.optim.accum, *run.train.canvas, 3), np.uint8)
-    images = jax.device_put(Images.whole(pixels), NamedSharding(run.mesh, PartitionSpec("data")))
+    images = jax.device_put(Images.whole(pixels), NamedSharding(run.mesh, SHARDED))
     parts = step_parts(step, run.create_now(), run.frozen(), images)
     compiled = {name: part.compile(run.mesh) for name, part in parts.items()}
     share = budget / ROUNDS / (len(parts) + 3)

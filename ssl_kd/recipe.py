@@ -19,6 +19,7 @@ from ssl_kd.data.bags import require_neighbours
 from ssl_kd.data.sources import SHORT_OVER_VIEW
 from ssl_kd.errors import UserError
 from ssl_kd.images import INTERPOLATIONS
+from ssl_kd.mesh import Sharding
 from ssl_kd.methods import METHODS, Method, View
 from ssl_kd.models import HEADS, IMAGENET_MEAN, IMAGENET_STD, MODELS, NetworkSpec, init_network
 from ssl_kd.optim import Group, Ramp, make_optimizer, warmup_cosine, warmup_stairs
@@ -34,6 +35,7 @@ FREE_KEYS = (
     "data.workers",
     "data.max_bad",
     "max_nonfinite",
+    "sharding",
     "method.bag_path",
     "student.cache_path",
     "teacher.cache_path",
@@ -61,6 +63,7 @@ class Recipe:
       accum: micro-batches an optimizer step is split into.
       shuffle_keys: whether views that ask for it are made from a shuffled batch (pointless with one batch-norm group).
       max_nonfinite: refused steps tolerated before the state halts; see `ssl_kd.step.TrainStep`.
+      sharding: how the state and the frozen networks lie on the devices.
       cache_views: fixed views of every image that the frozen teacher sees, epoch by epoch; 0 = new ones every time.
     """
 
@@ -76,6 +79,7 @@ class Recipe:
     accum: int
     shuffle_keys: bool
     max_nonfinite: int
+    sharding: Sharding
     cache_views: int
 
     def initial(self, name: str) -> dict[str, Any]:
@@ -266,6 +270,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     if config.seed >= 2**63:
         raise UserError(f"seed={config.seed} must be below 2**63.")
     one_of("data.resident", config.data.resident, ("auto", "on", "off"))
+    one_of("sharding", config.sharding, typing.get_args(Sharding))
     if not config.probe.knn or not all(isinstance(k, int) and k > 0 for k in config.probe.knn):
         raise UserError(f"probe.knn={config.probe.knn} must name at least one k, whole numbers of 1 or more.")
     method = make_method(config)
@@ -319,6 +324,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         accum=config.optim.accum,
         shuffle_keys=config.bn_groups > 1,
         max_nonfinite=config.max_nonfinite,
+        sharding=config.sharding,
         cache_views=config.teacher.cache_views if "teacher" in method.frozen else 0,
     )
     check_views(recipe)

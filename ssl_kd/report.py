@@ -1,5 +1,6 @@
 """A run on one screen: what it will cost before it starts, and what it reached."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,20 +12,20 @@ from ssl_kd.bench import flops_of, matmul_rate
 from ssl_kd.data import quarantine
 from ssl_kd.log import console
 from ssl_kd.run import Run
-from ssl_kd.state import abstract
 
 ASSUMED_UTILISATION = 0.4
 """Share of the measured matrix-multiply rate a step is assumed to reach; only the estimate of time rests on it."""
 
 
 def tree_bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of an abstract tree on each of its devices."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def estimate(run: Run) -> None:
     """Prints parameters, memory and time of a run without training a step. Compiles the step, for its memory."""
     c, r = run.config, run.recipe
-    state = abstract(run.create, run.replicated)
+    state = run.abstract
     networks = Table(title="networks")
     for column in ("name", "architecture", "parameters", "role"):
         networks.add_column(column)
@@ -50,7 +51,7 @@ def estimate(run: Run) -> None:
         "steps": f"{r.total_steps:,} of {c.batch_size} images",
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
-        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident, {run.resident}" if data else "streamed by the host",
+        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident on every device, {run.resident}" if data else "streamed by the host",
         "compute": f"{flops / 1e9:,.1f} GFLOP a step in matrix products and convolutions",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
         f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",

@@ -10,19 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.checkpoint import Checkpoints, read_json
 from ssl_kd.data.bags import load_or_mine
 from ssl_kd.data.cache import FEATURE_DTYPE, FeatureCache
-from ssl_kd.data.loader import SHARDED, Loader, own_rows, place
+from ssl_kd.data.loader import Loader
 from ssl_kd.data.resident import Residence, Resident, decide_resident
 from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.log import console
+from ssl_kd.mesh import REPLICATED, SHARDED, layout, make_mesh, own_rows, place
 from ssl_kd.models import MODELS, Network, NetworkSpec, features_of_views
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
@@ -45,7 +46,7 @@ class Run:
 
     config: ConfigDict
     workdir: Path
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     recipe: Recipe
     train: Source
     test: Source
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, REPLICATED)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -66,6 +67,18 @@ class Run:
             "identity": identity(self.config) | {"images": len(self.train)} | weights,
             "images": len(self.train),
         }
+
+    def laid_out(self, tree: Any) -> Any:
+        """Where the leaves of a state, or of a frozen network, lie."""
+        return layout(tree, self.mesh, self.recipe.sharding)
+
+    @functools.cached_property
+    def abstract(self) -> State:
+        """Shapes, dtypes and shardings of the state; nothing is computed."""
+        shapes = jax.eval_shape(self.create)
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.laid_out(shapes)
+        )
 
     def create(self) -> State:
         """The state of step 0. Traceable."""
@@ -81,14 +94,16 @@ class Run:
         """`create` on the mesh. It runs once, so that on the CPU compiling it well costs more than it saves."""
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         create = jax.jit(
-            functools.partial(create_state, self.recipe), out_shardings=self.replicated, compiler_options=options
+            functools.partial(create_state, self.recipe),
+            out_shardings=self.laid_out(self.abstract),
+            compiler_options=options,
         )
         return create(self.started)
 
     def frozen(self) -> dict[str, Any]:
         """Variables of the networks that no step writes, on the mesh."""
         variables = {name: self.pretrained[name].variables for name in self.recipe.method.frozen}
-        return jax.device_put(variables, self.replicated)
+        return jax.device_put(variables, self.laid_out(variables))
 
     def train_step(self):
         return TrainStep(self.recipe, self.mesh).jit()
@@ -180,7 +195,8 @@ class Run:
         """
         if not self.cached_views:
             return None
-        c, r, variables = self.config, self.recipe, self.frozen()["teacher"]
+        c, r = self.config, self.recipe
+        variables = jax.device_put(self.pretrained["teacher"].variables, self.replicated)
         step, network = TrainStep(r, self.mesh), Network(r.specs["teacher"])
         batch_size = c.probe.batch_size + -c.probe.batch_size % self.mesh.size
         mine = own_rows(batch_size, self.mesh)
@@ -225,7 +241,7 @@ class Run:
 
     def abstract_inputs(self) -> tuple[dict[str, Any], Resident | None]:
         """Shapes of a batch and of the resident data, as the loader would give them."""
-        sharded, whole = NamedSharding(self.mesh, PartitionSpec("data")), self.replicated
+        sharded, whole = NamedSharding(self.mesh, SHARDED), self.replicated
 
         def numbers(sharding: NamedSharding, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
@@ -261,8 +277,7 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
       UserError: for every mistake that can be known by now.
     """
     config = config.copy_and_resolve_references()
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh()
     train, test = (
         open_source(config.data.source, split, short_side(config), config.data.max_bad)
         for split in (config.data.train, config.data.test)
@@ -309,10 +324,10 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
                 f"and this run has image_size={config.image_size}: use the same, or {role}.resize={network.image_size}."
             )
     micro = config.batch_size // config.optim.accum
-    if micro % devices:
+    if micro % mesh.size:
         raise UserError(
             f"batch_size={config.batch_size} over optim.accum={config.optim.accum} gives {micro} images, not divisible "
-            f"by the {devices} devices: use a multiple of {devices * config.optim.accum}."
+            f"by the {mesh.size} devices: use a multiple of {mesh.size * config.optim.accum}."
         )
     run = Run(config, workdir, mesh, recipe, train, test, pretrained, recalled)
     run.cached_views  # noqa: B018  a method that it does not fit is known now

@@ -10,17 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssl_kd.augment import augment
 from ssl_kd.data.bags import mates
 from ssl_kd.data.resident import Resident
 from ssl_kd.losses import promote
+from ssl_kd.mesh import REPLICATED, gathered, layout
 from ssl_kd.methods import Context
 from ssl_kd.models import Networks, features_of_views
 from ssl_kd.optim import moving_average
 from ssl_kd.recipe import Recipe
-from ssl_kd.state import State, stream
+from ssl_kd.state import State, create_state, stream
 
 Batch = Mapping[str, Any]
 """'index' (B,) int32; and unless the data set is resident, 'image', B `Images`, 'label' (B,) int32, and for a method
@@ -50,12 +51,14 @@ class TrainStep:
     """
 
     recipe: Recipe
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
 
     def jit(self) -> jax.stages.Wrapped:
         """The step as one executable; its outputs lie as its inputs do, or the second step would be traced anew."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(self.__call__, donate_argnums=0, out_shardings=(replicated, replicated))
+        state = replicated = NamedSharding(self.mesh, REPLICATED)
+        if self.recipe.sharding != "replicated":
+            state = layout(jax.eval_shape(partial(create_state, self.recipe)), self.mesh, self.recipe.sharding)
+        return jax.jit(self.__call__, donate_argnums=0, out_shardings=(state, replicated))
 
     def __call__(self, state: State, frozen, batch: Batch, data: Resident | None) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
@@ -167,10 +170,10 @@ class TrainStep:
 
     def loss(self, trained, state: State, frozen, views, ctx: Context):
         """The method's loss as a function of the trained parameters; the other networks are constants."""
-        variables = self.variables(trained, state, frozen)
+        variables, memory = self.gathered((self.variables(trained, state, frozen), state.memory))
         run = nn.apply(self.recipe.method.loss, Networks(self.recipe.specs), mutable=["batch_stats"])
         rngs = {"dropout": jax.random.fold_in(ctx.key, 0)}
-        (loss, aux), updates = run(variables, views, state.memory, ctx, rngs=rngs)
+        (loss, aux), updates = run(variables, views, memory, ctx, rngs=rngs)
         # A frozen network's running statistics stay what they were, whatever its mode.
         moved = updates.get("batch_stats", {})
         batch_stats = {name: moved.get(name, old) for name, old in state.batch_stats.items()}
@@ -202,6 +205,10 @@ class TrainStep:
         nonfinite = old.nonfinite + (~finite & ~halted)
         refused = old.replace(step=old.step + (nonfinite <= self.recipe.max_nonfinite), nonfinite=nonfinite)
         return jax.tree.map(lambda a, b: jnp.where(finite & ~halted, a, b), new, refused)
+
+    def gathered(self, tree: Any) -> Any:
+        """What the state's layout splits, whole on every device."""
+        return gathered(tree, self.mesh, self.recipe.sharding)
 
     def shard(self, tree: Any, *axes: str | None) -> Any:
         """Splits rows over the devices, or the axes as given."""

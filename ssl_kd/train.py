@@ -17,7 +17,7 @@ from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
 from ssl_kd.probes.judge import Judge, headline
 from ssl_kd.run import Run
-from ssl_kd.state import State, abstract
+from ssl_kd.state import State
 
 IN_FLIGHT = 3
 """Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
@@ -50,7 +50,7 @@ def fit(run: Run) -> dict[str, Any]:
         if checkpoints.latest is None:
             state = run.create_now()
         else:
-            state = checkpoints.restore(abstract(run.create, run.replicated))
+            state = checkpoints.restore(run.abstract)
             console.print(f"Resuming at step {int(state.step)} of {total}.")
         start, judge = int(state.step), Judge(run)
         with closing(Metrics(run.workdir, start)) as metrics:

@@ -28,6 +28,7 @@ from ssl_kd.data.quarantine import Quarantine
 from ssl_kd.data.resident import Resident
 from ssl_kd.data.sources import Source
 from ssl_kd.images import Images
+from ssl_kd.mesh import layout
 from ssl_kd.methods import METHODS
 from ssl_kd.models import MODELS, init_network
 from ssl_kd.models.heads import THead
@@ -132,14 +133,16 @@ class Rig:
         mated = any(view.source == "mate" for view in r.method.views.values())
         bag = rng.integers(0, images, (images, 2)).astype(np.int32) if mated else None
         self.data = self.put(Resident(Images.whole(pixels), label, bag))
-        self.frozen = self.put({n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen})
+        frozen = {n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen}
+        self.frozen = jax.device_put(frozen, layout(frozen, self.mesh, r.sharding))
         self.step = TrainStep(r, self.mesh).jit()
 
     def put(self, tree):
         return jax.device_put(tree, self.replicated)
 
     def create(self):
-        return jax.jit(lambda: create_state(self.recipe), out_shardings=self.replicated)()
+        create = functools.partial(create_state, self.recipe)
+        return jax.jit(create, out_shardings=layout(jax.eval_shape(create), self.mesh, self.recipe.sharding))()
 
     def batch(self, step: int):
         order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data.label))

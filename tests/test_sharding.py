@@ -1,6 +1,7 @@
 """The compiled step is the same for every number of devices and micro-batches."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -8,7 +9,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import VARIANTS, Rig, rig_of, tiny_config, worst
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from configs import mokd_resnet50_vit_small
+from ssl_kd.mesh import LEAST_SPLIT, layout
+from ssl_kd.recipe import make_recipe
+from ssl_kd.report import tree_bytes
+from ssl_kd.state import create_state
 
 
 @pytest.mark.parametrize(
@@ -25,20 +32,25 @@ from jax.sharding import NamedSharding, PartitionSpec
         ("mokd", 1),
     ],
 )
-def test_one_device_equals_eight(variant, groups):
+def test_one_device_equals_eight_which_hold_the_state_whole_or_split_it(variant, groups):
     """With groups the keys are shuffled across devices."""
     method, fields = VARIANTS[variant]
     config = tiny_config(method, **fields)
     config.bn_groups = groups
     if method == "mokd":  # AdamW blows up the rounding of gradients that are 0 in exact arithmetic
         config.optim.groups.teacher.name = "sgd"
-    one, eight = Rig(config, 1), Rig(config, 8)
-    (a, metrics_a), (b, metrics_b) = one.run(2), eight.run(2)
-    for x, y in zip(metrics_a, metrics_b, strict=True):
-        for name in x:
-            np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
-    assert worst(a.trained, b.trained) < 2e-4
-    assert worst(a.memory, b.memory) < 2e-4
+    a, metrics_a = Rig(config, 1).run(2)
+    for config.sharding in ("replicated", "fsdp"):
+        rig = Rig(config, 8)
+        b, metrics_b = rig.run(2)
+        assert rig.step._cache_size() == 1
+        for x, y in zip(metrics_a, metrics_b, strict=True):
+            for name in x:
+                np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
+        assert worst(a.trained, b.trained) < 2e-4
+        assert worst(a.memory, b.memory) < 2e-4
+    kernels = [x for x in jax.tree.leaves((b.trained, b.averaged, b.opt, rig.frozen)) if x.size >= LEAST_SPLIT]
+    assert kernels and all(8 * x.addressable_shards[0].data.size == x.size for x in kernels)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -105,3 +117,20 @@ def test_a_set_split_over_the_devices_trains_exactly_as_one_that_lies_whole_on_e
     text = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data).compile().as_text()
     exchanged = re.findall(r"= u8\[(\d+),[\d,]*\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)", text)
     assert exchanged and max(int(count) for count in exchanged) <= rig.config.batch_size
+
+
+def test_split_state_of_resnet50_and_vit_base_takes_an_eighth_of_each_device():
+    """Within a fifth, of what cannot be split; nothing is allocated."""
+    config = mokd_resnet50_vit_small.get_config("imagenet")
+    config.teacher.name = "vit_base"
+    recipe = make_recipe(config, 1_281_167)
+    shapes = jax.eval_shape(functools.partial(create_state, recipe))
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+
+    def bytes_on_each_device(sharding):
+        place = layout(shapes, mesh, sharding)
+        return tree_bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place))
+
+    whole = bytes_on_each_device("replicated")
+    assert whole > 1 << 30
+    assert bytes_on_each_device("fsdp") <= 1.2 * whole / 8

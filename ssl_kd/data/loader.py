@@ -18,18 +18,15 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_kd.data.bags import mates
 from ssl_kd.data.cache import FeatureCache
 from ssl_kd.data.resident import Residence, Resident
 from ssl_kd.data.sources import Source, arrays, gather
 from ssl_kd.errors import UserError
-
-SHARDED, REPLICATED = PartitionSpec("data"), PartitionSpec()
+from ssl_kd.mesh import REPLICATED, SHARDED, own_rows, place
 
 _open_generators: weakref.WeakSet[Generator] = weakref.WeakSet()
 
@@ -188,19 +185,3 @@ class Loader:
         source = self._host.source
         source.quarantine.report(batch["bad"], source.reader.where)
         return {name: value for name, value in batch.items() if name != "bad"}
-
-
-def own_rows(count: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
-    """Which of `count` rows sharded over 'data' live on this process's devices, in order."""
-    if mesh is None:
-        return np.arange(count)
-    shards = NamedSharding(mesh, SHARDED).addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[index] for index in shards]))
-
-
-def place(local: Any, mesh: jax.sharding.Mesh | None, spec: PartitionSpec) -> Any:
-    """A tree of this process's rows -> the same of global arrays."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, local)
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)

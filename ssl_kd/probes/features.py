@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 
-from ssl_kd.data.loader import REPLICATED, SHARDED, own_rows, place
 from ssl_kd.data.sources import Source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
+from ssl_kd.mesh import REPLICATED, SHARDED, own_rows, place
 
 
 def _call(apply: Partial, images: Images) -> jax.Array:

@@ -16,10 +16,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
-from ssl_kd.data import loader as module
-from ssl_kd.data.loader import Loader, epoch_order, own_rows
+from ssl_kd.data.loader import Loader, epoch_order
 from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
+from ssl_kd.mesh import own_rows
 
 N, B = 43, 8
 S = N // B
@@ -150,7 +150,7 @@ def test_processes_share_out_every_batch(source, processes, monkeypatch):
                 every = self.devices_indices_map(shape)
                 return {d: index for d, index in every.items() if d.id * processes // 8 == process}
 
-        monkeypatch.setattr(module, "NamedSharding", Sharding)
+        monkeypatch.setattr("ssl_kd.mesh.NamedSharding", Sharding)
         share = Loader(source, batch_size=B, seed=3, mesh=mesh_of(8), resident="streamed")._host
         batches = [share(step) for step in range(S)]
         shares.append(np.stack([batch["index"] for batch in batches]))
