@@ -1,6 +1,6 @@
 """Packs a set of images once, reduced, into shards that training reads by data.source=arrayrecord:OUT.
 
-python launch/prepare.py SOURCE OUT [--splits=train,test] [--short=256] [--format=jpeg] [--quality=95] …
+python launch/prepare.py SOURCE OUT [--splits=train,test] [--short=256] [--format=jpeg] [--quality=90] …
 python launch/prepare.py --verify OUT
 
 SOURCE is a data.source of any kind (folder:PATH, hf:PATH, tar:PATTERN, tfds:NAME). The same command goes on where it
@@ -21,7 +21,7 @@ SHORT = flags.DEFINE_integer("short", 256, "Pixels that shorter sides are reduce
 FORMAT = flags.DEFINE_enum(
     "format", "jpeg", ["jpeg", "raw"], "Stored as JPEG, or as exact pixels, many times as large."
 )
-QUALITY = flags.DEFINE_integer("quality", 95, "Of the JPEGs.", lower_bound=1, upper_bound=100)
+QUALITY = flags.DEFINE_integer("quality", Packing.quality, "Of the JPEGs.", lower_bound=1, upper_bound=100)
 SHARD_MIB = flags.DEFINE_integer("shard_mib", 256, "About the size of a shard.", lower_bound=1)
 WORKERS = flags.DEFINE_integer("workers", 0, "Threads; 0 = one per core.", lower_bound=0)
 MAX_BAD = flags.DEFINE_float(

@@ -78,7 +78,7 @@ class Packing:
     splits: Sequence[str]
     short: int = 256
     format: str = "jpeg"
-    quality: int = 95
+    quality: int = 90
     shard_mib: int = 256
 
     def record(self, reader: Reader, row: int) -> bytes:
