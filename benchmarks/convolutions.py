@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_kd.checkpoint import session, write_json
+from ssl_kd.checkpoint import session
 from ssl_kd.command import keep_freed_memory
 from ssl_kd.models import MODELS, layers
 from ssl_kd.weights.layouts import TIMM_MODELS
+from ssl_kd.workdir import write_json
 
 try:
     import torch

@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from ssl_kd.checkpoint import session, write_json
+from ssl_kd.checkpoint import session
 from ssl_kd.errors import UserError
 from ssl_kd.weights.torchfile import read_weights
+from ssl_kd.workdir import write_json
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests" / "golden" / "torch"

@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from torch_models import timm, torchvision
 
-from ssl_kd.checkpoint import session, write_json
+from ssl_kd.checkpoint import session
 from ssl_kd.weights.commands import names_for
 from ssl_kd.weights.files import read_network, write_network
 from ssl_kd.weights.layouts import TIMM_MODELS
+from ssl_kd.workdir import write_json
 
 TORCHVISION_MODELS = {
     "alexnet_tv": "alexnet",

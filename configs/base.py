@@ -62,6 +62,10 @@ def get_config() -> ConfigDict:
     c.probe.train_images = 128_000  # training images of the final probes, chosen at random; all, if there are fewer
     c.probe.linear = True  # linear probe at the end
     c.probe.batch_size = 256  # images a forward
+    # Under one of these floors a quick probe warns of collapse; 0 = never. Healthy runs measured here stay above 0.08
+    # and 5 (tests' tiny networks above 2.8) from the first probe on; a collapsed one falls below 0.001 and to 1.0.
+    c.probe.min_feature_std = 0.03  # of unit features over images: 1 = evenly spread, 0 = all alike
+    c.probe.min_effective_rank = 2.0  # directions that the features take
     return c
 
 

@@ -2,8 +2,9 @@
 
 The rooms: `methods` (one paper, one file), `losses`, `memory`, `models`, `images` (of many sizes in one array),
 `augment` (views on the device), `data` (uint8 batches by step number), `optim`, `state`, `step` (the one compiled
-graph), `recipe` (config → objects), `train` (the loop), `checkpoint`, `probes` (kNN, linear, health), `trained`
-(networks of a finished run), `log`.
+graph), `recipe` (config → objects), `run` (a recipe with data and devices), `train` (the loop), `mesh` (how arrays lie
+on the devices), `processes` (many as one), `checkpoint`, `workdir`, `replay` (a failed step, kept and run again),
+`probes` (kNN, linear, health), `trained` (networks of a finished run), `weights` (of others), `log`.
 
     apply, params = ssl_kd.load("runs/rekd_alexnet")
     features = apply(params, images)  # uint8 (B, H, W, 3) → float32 (B, D)

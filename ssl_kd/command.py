@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import inspect
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from ssl_kd.checkpoint import session, write_json
-from ssl_kd.errors import UserError
+from ssl_kd import processes
+from ssl_kd.checkpoint import session
+from ssl_kd.errors import UserError, reason
 from ssl_kd.recipe import WEIGHT_SOURCES, digest, flatten, identity
 from ssl_kd.trained import FROM_WORKDIR
+from ssl_kd.workdir import write_json
 
 CUDA_INSTALL = 'pip install -U "jax[cuda12]>=0.10,<0.11"'
 
@@ -28,13 +32,29 @@ def run(main: Callable[..., None], *, words: bool = False) -> None:
     """
     try:
         rest = parse(words=words)
-        set_up_jax()
+        set_up_process()
+        if "coordinator_address" in flags.FLAGS:
+            met: list[Any] = [flags.FLAGS[name].value for name in inspect.signature(processes.join).parameters]
+            processes.join(*met)
+        warn_of_idle_gpu()
         main(*[rest] if words else [])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        processes.leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        processes.leave(130)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                f"error: {reason(error)}: a device has failed, or another process of the run has gone, whose output "
+                "says why; the same command, for every process, goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        processes.leave(1)
 
 
 def define_config() -> flags.FlagHolder:
@@ -106,12 +126,16 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def set_up_jax() -> None:
-    """Keeps compiled programs between runs, and says so once if a GPU lies idle."""
+def set_up_process() -> None:
+    """Keeps freed memory and, between runs, compiled programs; touches no device."""
     if not shutil.which("nvidia-smi") and not list(Path("/dev").glob("accel*")):
         keep_freed_memory()
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ssl_kd" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def warn_of_idle_gpu() -> None:
+    """Says so if there is a GPU that jax does not use."""
     if shutil.which("nvidia-smi") and jax.default_backend() == "cpu":
         print(f"warning: an NVIDIA GPU is visible but jax runs on the CPU: {CUDA_INSTALL}", file=sys.stderr)

@@ -2,38 +2,49 @@
 
 import json
 import math
-import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from ssl_kd.errors import UserError
+from ssl_kd.errors import UserError, reason
+from ssl_kd.workdir import is_local
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and names may hold brackets
+"""All that is said to the user; `quiet` on the processes after the first."""
 
 
 class Metrics:
-    """Scalars by step, as JSON lines and TensorBoard events. On resume both are cut back to the restored step."""
+    """Scalars by step, as JSON lines and TensorBoard events. On resume both are cut back to the restored step.
+
+    Process 0 writes. What an object store is to hold is written on the local disk, and copied there by `flush`.
+    """
 
     def __init__(self, workdir: Path, restored_step: int):
-        self.path = workdir / "metrics.jsonl"
+        self.path, self._workdir = workdir / "metrics.jsonl", workdir
+        self._writes = jax.process_index() == 0
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self._lines() if self._keep(json.loads(line), restored_step)]
             self._before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
             self._began = time.monotonic()
-            partial = self.path.with_suffix(".partial")
+            if not self._writes:
+                return
+            self._desk = None if is_local(workdir) else tempfile.TemporaryDirectory(prefix="ssl_kd-")
+            here = Path(self._desk.name) if self._desk else workdir
+            here.mkdir(parents=True, exist_ok=True)
+            partial = here / "metrics.partial"
             partial.write_text("".join(kept))
-            os.replace(partial, self.path)
-            self._file = self.path.open("a")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=restored_step + 1)
+            partial.replace(here / self.path.name)
+            self._file = (here / self.path.name).open("a")
+            self._board = SummaryWriter(str(here / "tensorboard"), purge_step=restored_step + 1)
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}): choose another --workdir.") from error
+            raise UserError(f"cannot write {self.path} ({reason(error)}): choose another --workdir.") from error
         except (ValueError, KeyError) as error:
             raise UserError(f"{self.path} is damaged ({error}): remove it; the run itself goes on.") from error
 
@@ -55,24 +66,51 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line; NaN and infinity become null, which JSON can hold."""
+        if not self._writes:
+            return
         line: dict[str, float | None] = {"step": step, "seconds": round(self.seconds, 3)}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}): free space; the run resumes.") from error
+            raise UserError(f"cannot write {self.path} ({reason(error)}): free space; the run resumes.") from error
         for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Puts on disk what a checkpoint of this step will rely on."""
+        """Puts in the work directory what a checkpoint of this step will rely on.
+
+        Raises:
+          UserError: if an object store does not take it.
+        """
+        if not self._writes:
+            return
         self._board.flush()
+        if self._desk is None:
+            return
+        here = Path(self._desk.name)
+        for path in (p for p in here.rglob("*") if p.is_file()):
+            target = self._workdir / path.relative_to(here).as_posix()
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+            except Exception as error:  # every store has its own kinds
+                raise UserError(
+                    f"cannot write {target} ({reason(error)}): the same command resumes the run."
+                ) from error
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if not self._writes:
+            return
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+            self._board.close()
+            if self._desk is not None:
+                self._desk.cleanup()
 
 
 class Meter:
@@ -107,7 +145,7 @@ class Meter:
     def __enter__(self) -> Self:
         self._progress.start()
         if not self._live:
-            print(self._first, flush=True)
+            console.print(self._first)
         return self
 
     def __exit__(self, *_) -> None:
@@ -120,7 +158,7 @@ class Meter:
         elif time.monotonic() - self._line > self.LINE_SECONDS or done == self._total:
             self._line = time.monotonic()
             left = "" if math.isnan(seconds_left) else f" · {seconds_left / 60:.1f} min left"
-            print(f"{self._unit} {done:,}/{self._total:,} · {said}{left}", flush=True)
+            console.print(f"{self._unit} {done:,}/{self._total:,} · {said}{left}")
 
 
 class Bar(Meter):

@@ -145,7 +145,9 @@ def angle_relations(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
     def cosines(x: jax.Array) -> jax.Array:
         x = promote(x)
-        rays = normalize(x[None, :] - x[:, None])  # rays[a, i] points from a to i; zero where i = a
+        # rays[a, i] points from a to i; zero where i = a. Of a difference, XLA splits the rows of its first term over
+        # the devices: were that i, it would gather all B² rays on each.
+        rays = normalize(-(x[:, None] - x[None, :]))
         return jnp.einsum("aid,ajd->aij", rays, rays, precision=HIGHEST)
 
     return jnp.mean(smooth_l1(cosines(student) - cosines(teacher)))

@@ -1,4 +1,4 @@
-"""How arrays lie on the devices: batches split over the mesh's one axis, 'data', the rest whole on each or split."""
+"""The devices: batches lie split over the mesh's one axis, 'data', the rest whole on each, or split as well."""
 
 from typing import Any, Literal
 
@@ -19,6 +19,11 @@ LEAST_SPLIT = 1024
 def make_mesh() -> Mesh:
     """All devices of all processes along 'data'."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def once() -> dict[str, Any] | None:
+    """Compiler options of what runs once: on a CPU, to compile it well costs more than that saves."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def layout(tree: Any, mesh: Mesh, sharding: Sharding) -> Any:
@@ -69,3 +74,14 @@ def place(local: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
         return jax.tree.map(jnp.asarray, local)
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+
+
+def spread(tree: Any, shardings: Any) -> Any:
+    """A tree that every process has whole, or that lies on the mesh already, laid out by shardings of it or of all."""
+
+    def put(x: Any, where: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1 or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, where)
+        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+
+    return jax.tree.map(lambda where, part: jax.tree.map(lambda x: put(x, where), part), shardings, tree)

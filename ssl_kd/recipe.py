@@ -267,6 +267,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     positive(config, "batch_size", "epochs", "bn_groups", "log_every", "optim.accum", "checkpoint.every_epochs")
     positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
     not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
+    not_negative(config, "probe.min_feature_std", "probe.min_effective_rank")
     if config.seed >= 2**63:
         raise UserError(f"seed={config.seed} must be below 2**63.")
     one_of("data.resident", config.data.resident, ("auto", "on", "off"))

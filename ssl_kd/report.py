@@ -51,7 +51,7 @@ def estimate(run: Run) -> None:
         "steps": f"{r.total_steps:,} of {c.batch_size} images",
         "state": f"{tree_bytes(state) / 2**20:,.0f} MiB on every device (parameters, averages, optimizer, memory)",
         "step": f"{memory.temp_size_in_bytes / 2**20:,.0f} MiB of temporaries, by the compiler",
-        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB resident on every device, {run.resident}" if data else "streamed by the host",
+        "data": f"{tree_bytes(data) / 2**20:,.0f} MiB on every device, {run.resident}" if data else "streamed",
         "compute": f"{flops / 1e9:,.1f} GFLOP a step in matrix products and convolutions",
         "time": f"about {seconds / 60:,.1f} min at {100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e9:,.0f} GFLOP/s "
         f"that {run.mesh.size} × {jax.devices()[0].device_kind} multiply matrices with; probes not counted",

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from ssl_kd.checkpoint import Checkpoints, read_json
+from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.data.bags import load_or_mine
 from ssl_kd.data.cache import FEATURE_DTYPE, FeatureCache
 from ssl_kd.data.loader import Loader
@@ -23,16 +23,17 @@ from ssl_kd.data.sources import Source, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.log import console
-from ssl_kd.mesh import REPLICATED, SHARDED, layout, make_mesh, own_rows, place
+from ssl_kd.mesh import REPLICATED, SHARDED, layout, make_mesh, once, own_rows, place, spread
 from ssl_kd.models import MODELS, Network, NetworkSpec, features_of_views
 from ssl_kd.models.embed import pooled_features
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.judge import labelled
-from ssl_kd.recipe import Recipe, identity, make_method, make_recipe, one_of, short_side
+from ssl_kd.recipe import Recipe, flatten, identity, make_method, make_recipe, one_of, short_side
 from ssl_kd.state import State, create_state
 from ssl_kd.step import TrainStep
 from ssl_kd.trained import BACKBONE, ENTRY, FROM_WORKDIR, HEAD, TrainedNetwork, at_image_size, load_source
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB
+from ssl_kd.workdir import is_local, read_json
 
 
 @dataclasses.dataclass
@@ -91,19 +92,18 @@ class Run:
         return jax.device_get({role: self.pretrained[role].variables for role in trained if role in self.pretrained})
 
     def create_now(self) -> State:
-        """`create` on the mesh. It runs once, so that on the CPU compiling it well costs more than it saves."""
-        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        """`create` on the mesh."""
         create = jax.jit(
             functools.partial(create_state, self.recipe),
             out_shardings=self.laid_out(self.abstract),
-            compiler_options=options,
+            compiler_options=once(),
         )
         return create(self.started)
 
     def frozen(self) -> dict[str, Any]:
         """Variables of the networks that no step writes, on the mesh."""
         variables = {name: self.pretrained[name].variables for name in self.recipe.method.frozen}
-        return jax.device_put(variables, self.laid_out(variables))
+        return spread(variables, self.laid_out(variables))
 
     def train_step(self):
         return TrainStep(self.recipe, self.mesh).jit()
@@ -196,7 +196,7 @@ class Run:
         if not self.cached_views:
             return None
         c, r = self.config, self.recipe
-        variables = jax.device_put(self.pretrained["teacher"].variables, self.replicated)
+        variables = spread(self.pretrained["teacher"].variables, self.replicated)
         step, network = TrainStep(r, self.mesh), Network(r.specs["teacher"])
         batch_size = c.probe.batch_size + -c.probe.batch_size % self.mesh.size
         mine = own_rows(batch_size, self.mesh)
@@ -282,6 +282,8 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
         open_source(config.data.source, split, short_side(config), config.data.max_bad)
         for split in (config.data.train, config.data.test)
     )
+    if others := getattr(train.reader, "skipped", 0):
+        console.print(f"{config.data.source}: {others:,} files that are hidden or not named as images are left out.")
     sources = {role: config.get(role, {}).get("source", "init") for role in ("student", "teacher")}
     if sources["teacher"] != "init" and config.method.name == "rekd" and config.method.teacher == "online":
         config.method.teacher = "frozen"
@@ -330,7 +332,9 @@ def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Ru
             f"by the {mesh.size} devices: use a multiple of {mesh.size * config.optim.accum}."
         )
     run = Run(config, workdir, mesh, recipe, train, test, pretrained, recalled)
-    run.cached_views  # noqa: B018  a method that it does not fit is known now
+    for key, wanted in {"method.bag_path": run.bag_size, "teacher.cache_path": run.cached_views}.items():
+        if wanted and not is_local(workdir) and not flatten(config)[key]:
+            raise UserError(f"{key} must name a place on the local disk where --workdir={workdir} is none.")
     return run
 
 

@@ -1,23 +1,26 @@
 """fit(): the loop, in a stated order."""
 
 import math
-import os
 import signal
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NoReturn
 
 import jax
 
-from ssl_kd.checkpoint import Checkpoints, check_same_run, read_json, session, write_json
+from ssl_kd.checkpoint import Checkpoints, check_same_run, session
 from ssl_kd.data.loader import Loader
 from ssl_kd.data.quarantine import keep_lists, read_list
 from ssl_kd.errors import UserError
 from ssl_kd.log import Bar, Metrics, console
 from ssl_kd.probes.judge import Judge, headline
+from ssl_kd.processes import Interruption
+from ssl_kd.replay.capture import capture
 from ssl_kd.run import Run
 from ssl_kd.state import State
+from ssl_kd.workdir import read_json, write_json
 
 IN_FLIGHT = 3
 """Steps the host may be ahead of the device: enough to hide dispatch, few enough to stop soon."""
@@ -52,6 +55,8 @@ def fit(run: Run) -> dict[str, Any]:
         else:
             state = checkpoints.restore(run.abstract)
             console.print(f"Resuming at step {int(state.step)} of {total}.")
+            if (skipped := int(state.nonfinite)) > config.max_nonfinite:
+                raise UserError(f"this run has skipped {skipped} steps: allow that, --config.max_nonfinite={skipped}.")
         start, judge = int(state.step), Judge(run)
         with closing(Metrics(run.workdir, start)) as metrics:
             if start < total:
@@ -75,7 +80,7 @@ def loop(
     checkpoints: Checkpoints,
     metrics: Metrics,
     judge: Judge,
-    interruption: "Interruption",
+    interruption: Interruption,
 ) -> State:
     """The steps from `start` to the end; the host only sends row numbers and reads metrics that are already there."""
     c, total, per_epoch = run.config, run.recipe.total_steps, run.recipe.steps_per_epoch
@@ -91,7 +96,7 @@ def loop(
         step, values = flying.popleft()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if values["nonfinite"] > c.max_nonfinite:
-            diverged(run, state, checkpoints)
+            diverged(run, loader, state, values, checkpoints)
         now = time.monotonic() - paused
         began = now if math.isnan(began) else began  # the first step's compilation is no speed
         speed = (step - start - 1) * c.batch_size / (now - began) if now > began else math.nan
@@ -104,7 +109,7 @@ def loop(
         for step, batch in enumerate(batches, start + 1):
             state, values = train_step(state, frozen, batch, loader.data)
             flying.append((step, values))
-            stop = interruption.signal  # read once: what arrives later is granted after the next step
+            stop = interruption.wanted(step)
             save_due = stop or step == total or step % save_every == 0
             probe_due = probe_every and step % probe_every == 0 and step < total
             while flying and (len(flying) > IN_FLIGHT or save_due or probe_due):
@@ -126,45 +131,19 @@ def loop(
     return state
 
 
-def diverged(run: Run, state: State, checkpoints: Checkpoints) -> NoReturn:
-    """Saves the state from before the first refused step, writes down how to replay it, and stops.
+def diverged(
+    run: Run, loader: Loader, state: State, metrics: Mapping[str, float], checkpoints: Checkpoints
+) -> NoReturn:
+    """Saves the state from before the first refused step, captures that step, and stops.
 
     The refusal that halted the state is forgotten, so that the same command tries the step again.
     """
-    failed = int(state.step)
-    checkpoints.save(failed, state.replace(nonfinite=state.nonfinite - 1))
+    state = state.replace(nonfinite=state.nonfinite - 1)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
-    path = run.workdir / "nonfinite.json"
-    replay = {
-        "step": failed,
-        "checkpoint": str(checkpoints.directory / str(failed)),
-        "seed": run.config.seed,
-        "how": "The batch, views and update are functions of run.json, this checkpoint and the step: the same command "
-        "repeats the step.",
-    }
-    write_json(path, replay)
+    directory = capture(run, state, loader, metrics)
     raise UserError(
-        f"the loss or a gradient of step {failed + 1} is not finite: the state from before it is saved and {path} says "
-        "how to replay it; skip such steps with --config.max_nonfinite=N, or lower optim.lr in another --workdir."
+        f"the loss or a gradient of step {int(state.step) + 1} is not finite: {directory} keeps that step, and "
+        f"`python launch/replay.py --workdir={run.workdir}` says what in it was not; skip such steps with "
+        "--config.max_nonfinite=N, or lower optim.lr in another --workdir."
     )
-
-
-class Interruption:
-    """Turns SIGTERM and Ctrl-C into a wish the loop grants between steps; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-
-    def __enter__(self) -> "Interruption":
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, b"\nsaving before stopping ...\n")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from ssl_kd.checkpoint import Checkpoints, array_digest, read_json
+from ssl_kd.checkpoint import Checkpoints, array_digest
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import NetworkSpec
@@ -21,6 +21,7 @@ from ssl_kd.recipe import make_recipe
 from ssl_kd.state import abstract, create_state
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB, read_source
 from ssl_kd.weights.layouts import LAYOUTS
+from ssl_kd.workdir import read_json, work_directory
 
 FROM_WORKDIR = "workdir:"
 
@@ -116,7 +117,7 @@ def load_network(workdir: str | Path, role: str = "", step: int | None = None) -
     Raises:
       UserError: if there is no such run, network or checkpoint.
     """
-    workdir = Path(workdir)
+    workdir = work_directory(workdir)
     record = read_json(workdir / "run.json")
     if record is None:
         raise UserError(f"{workdir} holds no run (no run.json): train one there first, or check the path.")

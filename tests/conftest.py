@@ -6,7 +6,7 @@ import tempfile
 
 # Most of the suite's time is compilation: spend little on optimising, and share what is compiled between workers.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.environ.get('TEST_DEVICES', 8)}"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )

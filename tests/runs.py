@@ -1,27 +1,28 @@
-"""A tiny run with files: used by tests, and as a script that kills itself at a chosen point.
+"""A tiny run with files: used by tests, and as a script that kills itself at a chosen point, or is one of several.
 
-python tests/runs.py WORKDIR POINT, where POINT is a key of KILLS or 'none'.
+python tests/runs.py --workdir=DIR [--kill=POINT] [--method=NAME] [--teacher=SOURCE] [--sharding=…] [flags of
+ssl_kd.processes]
 """
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import jax
+from absl import flags
 from conftest import tiny_config
 from jax.sharding import AxisType
 
-from ssl_kd import train
+from ssl_kd import command, processes, train
 from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.log import Metrics
 from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
 
 
-def config(**changes):
+def config(method: str = "rekd", **changes):
     """12 steps of 16 embedded images, a checkpoint every 3 steps."""
-    c = tiny_config("rekd")
+    c = tiny_config(method)
     c.data.update(train="train[:96]", test="test[:40]")
     c.image_size, c.epochs, c.log_every = 28, 2.0, 1
     c.checkpoint.every_epochs, c.probe.every_epochs = 0.5, 1.0
@@ -74,8 +75,21 @@ KILLS = {
     "final probe": lambda: die_before(train.Judge, "final", 1),
 }
 
+
+def main() -> None:
+    if KILL.value:
+        KILLS[KILL.value]()
+    changes, workdir = {"sharding": SHARDING.value, "teacher.source": TEACHER.value}, Path(WORKDIR.value)
+    c = config(METHOD.value, **changes)
+    together = jax.distributed.is_initialized()
+    fit(prepare(c, workdir) if together else prepared(c, workdir))
+
+
 if __name__ == "__main__":
-    workdir, point = sys.argv[1:]
-    if point in KILLS:
-        KILLS[point]()
-    fit(prepared(config(), Path(workdir)))
+    KILL = flags.DEFINE_enum("kill", None, list(KILLS), "Where to die.")
+    WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
+    METHOD = flags.DEFINE_string("method", "rekd", "Of the tiny recipe.")
+    TEACHER = flags.DEFINE_string("teacher", "init", "Where its weights come from.")
+    SHARDING = flags.DEFINE_string("sharding", "replicated", "Of its state.")
+    processes.define_flags()
+    command.run(main)

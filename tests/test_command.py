@@ -77,7 +77,8 @@ def test_the_workdir_is_named_after_recipe_preset_and_overrides(config, parse):
 def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
     cache = jax.config.jax_compilation_cache_dir
     monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
-    command.set_up_jax()
+    command.set_up_process()
+    command.warn_of_idle_gpu()
     assert jax.config.jax_compilation_cache_dir == cache  # the environment's choice stands
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and command.CUDA_INSTALL in warning

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from ssl_kd.errors import UserError
-from ssl_kd.log import Bar, Meter, Metrics
+from ssl_kd.log import Bar, Meter, Metrics, console
 
 
 def lines(workdir):
@@ -76,3 +76,15 @@ def test_without_a_terminal_long_work_is_said_in_lines(capsys):
         "step 5/20 · loss 2.000",
         "step 20/20 · 1,234 images/s · loss 1.000 · kNN 25.0 % · 1.5 min left",
     ]
+
+
+def test_a_quiet_process_says_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(console, "quiet", True)
+    console.print("Resuming at step 4 of 20.")
+    with Bar(20, 4) as bar:
+        bar.update(20, images_per_second=1234.5, seconds_left=90, loss=1.0)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(console, "_force_terminal", True)  # a live bar is as quiet
+    with Bar(20, 4) as bar:
+        bar.update(20, images_per_second=1234.5, seconds_left=90, loss=1.0)
+    assert capsys.readouterr().out == ""

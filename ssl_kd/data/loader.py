@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import weakref
 import zlib
 from collections.abc import Generator
@@ -36,6 +37,12 @@ def _close_generators() -> None:
     """Closes what a script left open: later, amid the interpreter's teardown, grain can no longer stop its threads."""
     for generator in list(_open_generators):
         generator.close()
+
+
+def _outlive_signals(_worker: int, _workers: int) -> None:
+    """What asks a run to stop often reaches its whole group; the loop still needs batches until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,7 +177,8 @@ class Loader:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain reads its flags when it starts a worker
                 flags.FLAGS.mark_as_parsed()
-            ds = ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            ds = ds.mp_prefetch(options, worker_init_fn=_outlive_signals)
         ds = ds.map(self._reported)
         if self._workers:
             # Batches arrive in shared memory, freed with the array. Copied, that is now; else it may be after exit.

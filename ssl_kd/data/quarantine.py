@@ -13,8 +13,9 @@ from pathlib import Path
 
 import jax
 
-from ssl_kd.errors import UserError
+from ssl_kd.errors import UserError, reason
 from ssl_kd.log import console
+from ssl_kd.workdir import append
 
 FILE = "quarantine.jsonl"
 
@@ -86,10 +87,9 @@ class Quarantine:
         if self._file is None:
             return
         try:
-            with self._file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self._file, json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self._file} ({error.strerror}): free space; the run resumes.") from error
+            raise UserError(f"cannot write {self._file} ({reason(error)}): free space; the run resumes.") from error
 
 
 def keep_lists(quarantines: Iterable[Quarantine], workdir: Path, *, begun: bool) -> None:

@@ -140,9 +140,9 @@ class MOKD:
             """CE(t̂′_j, t_i) over the local crops of i."""
             z = jax.lax.stop_gradient(getattr(nets, i).query(learner[i].features[1]))
             first_global = jax.tree.map(lambda rows: rows[::GLOBALS], average[j].features[0])
-            found = crops_first(getattr(nets, f"{j}_momentum").search(first_global, z), two.shape[0])
-            asked = learner[i].outputs["thead"][GLOBALS:]
-            found, asked = (x.reshape(-1, x.shape[-1]) for x in (found, asked))
+            found = getattr(nets, f"{j}_momentum").search(first_global, z)
+            # Image by image, as they lie on the devices: crops first, the rows would be gathered whole on each.
+            asked = jnp.moveaxis(learner[i].outputs["thead"][GLOBALS:], 0, 1).reshape(found.shape)
             return soft_cross_entropy(asked / self.temperature, jax.nn.softmax(promote(found) / tau))
 
         total, metrics = jnp.zeros(()), {}

@@ -12,7 +12,7 @@ from jax.tree_util import Partial
 from ssl_kd.data.sources import Source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
-from ssl_kd.mesh import REPLICATED, SHARDED, own_rows, place
+from ssl_kd.mesh import REPLICATED, SHARDED, own_rows, place, spread
 
 
 def _call(apply: Partial, images: Images) -> jax.Array:
@@ -52,7 +52,7 @@ def extract(
     else:
         batch_size += -batch_size % mesh.shape["data"]
         replicated = NamedSharding(mesh, REPLICATED)
-        apply = jax.device_put(apply, replicated)  # variables out of a checkpoint lie on one device
+        apply = spread(apply, replicated)  # variables out of a checkpoint lie on one device
         step = jax.jit(_call, out_shardings=replicated)
 
     def batch(start: int) -> Images:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ssl_kd.errors import UserError
@@ -36,3 +38,8 @@ def health(features: np.ndarray) -> dict[str, float]:
         "feature_std": float(rows.std(axis=0).mean() * np.sqrt(rows.shape[1])),
         "effective_rank": float(np.exp(entropy)),
     }
+
+
+def signs_of_collapse(found: Mapping[str, float], floors: Mapping[str, float]) -> str:
+    """Which numbers of `health` are under their floor, in words; '' if none is."""
+    return " and ".join(f"{name} {found[name]:.2g} is under {at:g}" for name, at in floors.items() if found[name] < at)

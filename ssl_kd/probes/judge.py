@@ -14,9 +14,12 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.data.sources import Source, arrays, open_source
+from ssl_kd.images import Images
 from ssl_kd.log import console
+from ssl_kd.mesh import once
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
+from ssl_kd.probes.health import signs_of_collapse
 from ssl_kd.probes.layerwise import EPOCHS, layer_probe
 from ssl_kd.recipe import short_side
 from ssl_kd.state import State
@@ -39,6 +42,7 @@ class Judge:
         self.run = run
         self.role = run.recipe.method.evaluated[0]
         self.apply = pooled_features(run.recipe.specs[self.role], run.config.image_size)
+        self.warned = False
 
     @functools.cached_property
     def quick_sets(self) -> tuple[Labelled, Labelled]:
@@ -53,8 +57,18 @@ class Judge:
         return evaluate(apply, *sets, ks=c.knn, linear=linear, batch_size=c.batch_size, mesh=self.run.mesh)
 
     def quick(self, state: State) -> dict[str, float]:
-        """On some of the images, all that needs no training: kNN where there are labels, neighbours, health."""
-        return self.measure(Partial(self.apply, self.variables(state)), self.quick_sets, linear=False)
+        """On some of the images, all that needs no training: kNN where there are labels, neighbours, health, and 1 or 0
+        for whether the features have 'collapsed', which is said the first time."""
+        found = self.measure(Partial(self.apply, self.variables(state)), self.quick_sets, linear=False)
+        c = self.run.config.probe
+        signs = signs_of_collapse(found, {"feature_std": c.min_feature_std, "effective_rank": c.min_effective_rank})
+        if signs and not self.warned:
+            self.warned = True
+            console.print(
+                f"Warning: at step {int(state.step)} the {self.role} seems to collapse, for {signs}. What may help, in "
+                f"another --workdir: {'; '.join(remedies(self.run))}."
+            )
+        return found | {"collapsed": float(bool(signs))}
 
     def final(self, state: State) -> dict[str, Any]:
         """The trained network, raw pixels and the network's random weights under the same probes."""
@@ -76,8 +90,30 @@ class Judge:
         recipe = self.run.recipe
         source, _ = recipe.method.averaged.get(self.role, (self.role, None))  # an average begins as a copy
         images, _ = arrays(sample(self.run.train, CALIBRATION_IMAGES))
-        calibrated = batch_calibrated(recipe.specs[source], recipe.initial(source), images, recipe.image_size)
-        return Partial(self.apply, calibrated)
+
+        @functools.partial(jax.jit, compiler_options=once())
+        def calibrated(images: Images) -> dict[str, Any]:
+            return batch_calibrated(recipe.specs[source], recipe.initial(source), images, recipe.image_size)
+
+        return Partial(self.apply, calibrated(images))
+
+
+def remedies(run: Run) -> list[str]:
+    """What to try against collapse, of what the run has."""
+    method, config = run.recipe.method, run.config
+    shuffles = any(view.shuffled for view in method.views.values())
+    tips = {
+        "a lower optim.lr": True,
+        "less optim.weight_decay": config.optim.weight_decay > 0,
+        "more optim.warmup_epochs": True,
+        "a longer method.queue": method.queue > 0,
+        "bn_groups above 1, which hides a batch's statistics from its keys": shuffles and config.bn_groups == 1,
+        "method.key_temperature further below method.temperature": hasattr(method, "key_temperature"),
+        "method.centre_momentum further below 1": hasattr(method, "centre_momentum"),
+        "a lower method.teacher_temperature": hasattr(method, "teacher_temperature"),
+        "launch/evaluate.py on the teacher, whose features may be no better": bool(method.frozen),
+    }
+    return [tip for tip, fits in tips.items() if fits]
 
 
 def headline(found: Mapping[str, float]) -> str:

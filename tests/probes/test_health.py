@@ -1,8 +1,11 @@
+import jax
 import numpy as np
 import pytest
+import runs
 
 from ssl_kd.errors import UserError
-from ssl_kd.probes.health import ROWS, health
+from ssl_kd.probes.health import ROWS, health, signs_of_collapse
+from ssl_kd.probes.judge import Judge, remedies
 
 
 @pytest.mark.parametrize("dims", [2, 8, 33])
@@ -53,3 +56,29 @@ def test_a_dead_network_is_collapse():
 def test_no_rows_are_a_user_error():
     with pytest.raises(UserError, match="empty"):
         health(np.zeros((0, 4)))
+
+
+def test_only_what_is_under_its_floor_is_a_sign():
+    found = {"feature_std": 0.02, "effective_rank": 40.0}
+    assert signs_of_collapse(found, {"feature_std": 0.02, "effective_rank": 3.0}) == ""
+    assert signs_of_collapse(found, {"feature_std": 0.03, "effective_rank": 3.0}) == "feature_std 0.02 is under 0.03"
+    assert "effective_rank 40 is under 50" in signs_of_collapse(found, {"feature_std": 0.03, "effective_rank": 50})
+
+
+def test_collapse_is_said_once_with_what_to_try_and_health_is_not(tmp_path, capsys):
+    run = runs.prepared(runs.config("moco_v2"), tmp_path)
+    judge, state = Judge(run), run.create_now()
+    capsys.readouterr()
+    assert judge.quick(state)["collapsed"] == 0 and capsys.readouterr().out == ""
+    dead = state.replace(trained=jax.tree.map(lambda x: 0 * x, state.trained))
+    assert judge.quick(dead)["collapsed"] == judge.quick(dead)["collapsed"] == 1
+    said = capsys.readouterr().out
+    assert said.count("\n") == said.count("collapse") == 1 and "feature_std 0 is under 0.03" in said
+    assert "a lower optim.lr" in said and "method.queue" in said and "teacher" not in said
+
+
+def test_what_to_try_is_what_the_run_has(tmp_path):
+    assert not any("bn_groups" in tip for tip in remedies(runs.prepared(runs.config("moco_v2"), tmp_path)))
+    assert any("bn_groups" in tip for tip in remedies(runs.prepared(runs.config("moco_v2", bn_groups=1), tmp_path)))
+    dino = remedies(runs.prepared(runs.config("mokd"), tmp_path))
+    assert any("centre_momentum" in tip for tip in dino) and not any("queue" in tip for tip in dino)

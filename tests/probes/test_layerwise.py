@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from PIL import Image
 
 from configs import base
-from ssl_kd.checkpoint import Checkpoints, write_json
+from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import MODELS, NetworkSpec, init_network
@@ -28,6 +28,7 @@ from ssl_kd.models.layers import Features
 from ssl_kd.probes import layerwise
 from ssl_kd.probes.layerwise import Classifiers, LayerProbe, layer_probe
 from ssl_kd.trained import TrainedNetwork
+from ssl_kd.workdir import write_json
 
 SIZE = 8
 

@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from ssl_kd.checkpoint import Checkpoints, array_digest, write_json
+from ssl_kd.checkpoint import Checkpoints, array_digest
 from ssl_kd.command import network_source
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
@@ -33,6 +33,7 @@ from ssl_kd.weights.commands import convert, export, inspect, names_for, show_mo
 from ssl_kd.weights.detect import shapes, torch_shape
 from ssl_kd.weights.files import METADATA, read_network, write_network
 from ssl_kd.weights.layouts import BACKBONE_WEIGHTS, LAYOUTS, our_names, renamed, to_torch
+from ssl_kd.workdir import write_json
 
 ROOT = Path(__file__).parents[2]
 NAMES = json.loads((GOLDEN / "weight_names.json").read_text())

@@ -1,0 +1,100 @@
+"""Ten thousand steps of a tiny run, with checkpoints and probes: neither memory nor the time of a step may grow.
+
+python benchmarks/long_run.py --json=benchmarks/long_run.json [--steps=10000]
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from configs import rekd_alexnet
+from ssl_kd import command
+from ssl_kd.run import prepare
+from ssl_kd.train import fit
+
+BLOCK = 1000
+"""Steps that are compared: the first so many against the last."""
+
+
+@dataclasses.dataclass
+class Sampler:
+    """This process's resident memory, ten times a second."""
+
+    seen: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def __enter__(self) -> "Sampler":
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.1):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.seen.append((time.monotonic(), pages * 4096))
+
+    def mebibytes(self, start: float, stop: float) -> float:
+        """Median between two times."""
+        return statistics.median(size for when, size in self.seen if start <= when <= stop) / 2**20
+
+
+def config(steps: int) -> Any:
+    """ReKD on 8 images of 28 px: all that a step has, in some ten milliseconds."""
+    c = rekd_alexnet.get_config("smoke")
+    c.batch_size, c.bn_groups, c.log_every = 8, 1, BLOCK // 10
+    c.student.width = c.teacher.width = 1 / 32
+    c.student.head_hidden = c.teacher.head_hidden = 32
+    c.method.queue = 256
+    c.epochs = steps / (1024 // c.batch_size)
+    c.checkpoint.every_epochs = c.probe.every_epochs = BLOCK / 2 / (1024 // c.batch_size)
+    c.probe.linear = False
+    return c
+
+
+def compared(lines: Sequence[dict[str, float]], sampler: Sampler, began: float) -> dict[str, Any]:
+    """Milliseconds a step, of blocks of steps between probes, and memory, early and late."""
+    figures = {}
+    blocks = list(itertools.pairwise(lines))
+    for name, part in {"first": blocks[: BLOCK // 100 - 1], "last": blocks[-(BLOCK // 100 - 1) :]}.items():
+        paces = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in part]
+        start, stop = began + part[0][0]["seconds"], began + part[-1][1]["seconds"]
+        figures[name] = {
+            "steps": [int(part[0][0]["step"]), int(part[-1][1]["step"])],
+            "ms_a_step": round(statistics.median(paces), 3),
+            "mebibytes": round(sampler.mebibytes(start, stop), 1),
+        }
+    first, last = figures["first"], figures["last"]
+    growth = {key: round(last[key] / first[key], 4) for key in ("ms_a_step", "mebibytes")}
+    return {**figures, "growth": growth}
+
+
+def main() -> None:
+    command.write_figures(JSON.value, {})
+    with tempfile.TemporaryDirectory() as directory, Sampler() as sampler:
+        run = prepare(config(STEPS.value), Path(directory))
+        began = time.monotonic()
+        fit(run)
+        text = (Path(directory) / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    figures = compared(lines, sampler, began)
+    print(json.dumps(figures, indent=1))
+    command.write_figures(JSON.value, {"steps": int(lines[-1]["step"]), **figures})
+
+
+if __name__ == "__main__":
+    JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+    STEPS = flags.DEFINE_integer("steps", 10_000, "Of the run; two thousand or more.")
+    command.run(main)
