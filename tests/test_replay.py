@@ -164,7 +164,9 @@ def test_a_step_after_a_checkpoint_is_replayed_too_and_spoilt_images_are_named(c
     with closing(Checkpoints(copy, keep=1)) as checkpoints:
         checkpoints.save(0, prepared(config(), copy).create_now())
         checkpoints.wait()
-    monkeypatch.setattr("ssl_kd.replay.capture.Witness", Spoilt)  # which the run's own step, whose metrics count, is not
+    monkeypatch.setattr(
+        "ssl_kd.replay.capture.Witness", Spoilt
+    )  # which the run's own step, whose metrics count, is not
     found, _, report = again(copy, 1)
     assert {"loss", "grad_norm", "lr", "nonfinite"} <= set(report["recorded"]) and 0 < report["metrics"]["loss"] < 10
     assert report["differing"] == []
