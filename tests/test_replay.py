@@ -68,7 +68,7 @@ def test_a_run_that_has_skipped_more_than_is_allowed_now_says_so(copy):
     """Else its healthy next step would be called not finite."""
     fewer = config()
     fewer.max_nonfinite = 1
-    with pytest.raises(UserError, match="has skipped 2 steps: allow that, --config.max_nonfinite=2"):
+    with pytest.raises(UserError, match=r"has skipped 2 steps: allow that, --config\.max_nonfinite=2"):
         fit(prepared(fewer, copy))
 
 
