@@ -54,10 +54,17 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
 
     class Damaged:
-        def __getitem__(self, row):
-            raise RuntimeError("Crc32 mismatch")
+        asked = 0
 
-    reader.rows = Damaged()
+        def __getitem__(self, row):
+            self.asked += 1
+            if row == 3:
+                raise RuntimeError("Crc32 mismatch")
+            return rows[row]
+
+    reader = open_reader("tfds:tiny", "train")
+    rows, reader.rows = reader.rows, Damaged()
+    assert reader.read(2) and reader.label_of(2) == order[2] % 3 and reader.rows.asked == 1
     for read in (reader.read, reader.label_of):
         with pytest.raises(UserError, match=r"row 3 of tfds:tiny train cannot be read \(Crc32 mismatch\); prepare"):
             read(3)

@@ -1,5 +1,6 @@
 """TensorFlow Datasets, read without TensorFlow."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class TfdsReader:
         self.num_classes = features[self.label].num_classes if self.label else None
         self.class_names = tuple(features[self.label].names) if self.label else None
         self.rows = builder.as_data_source(split, decoders={self.image: tfds.decode.SkipDecoding()})
+        self._example = functools.lru_cache(maxsize=64)(self._read)  # its image and its label are asked for in turn
 
     def __reduce__(self) -> tuple:
         return TfdsReader, (self.name, self.split)
@@ -55,7 +57,7 @@ class TfdsReader:
     def label_of(self, row: int) -> int:
         return int(self._example(row)[self.label]) if self.label else -1
 
-    def _example(self, row: int) -> dict[str, Any]:
+    def _read(self, row: int) -> dict[str, Any]:
         try:
             return self.rows[row]
         except (OSError, RuntimeError, ValueError) as error:  # array_record's and protobuf's, of a damaged shard
