@@ -79,9 +79,11 @@ KILLS = {
 def main() -> None:
     if KILL.value:
         KILLS[KILL.value]()
-    changes, workdir = {"sharding": SHARDING.value, "teacher.source": TEACHER.value}, Path(WORKDIR.value)
+    workdir, together = Path(WORKDIR.value), jax.distributed.is_initialized()
+    changes = {"sharding": SHARDING.value, "teacher.source": TEACHER.value}
+    if together:  # every process reads its own rows
+        changes["data.resident"] = "off"
     c = config(METHOD.value, **changes)
-    together = jax.distributed.is_initialized()
     fit(prepare(c, workdir) if together else prepared(c, workdir))
 
 
