@@ -136,13 +136,13 @@ class Rig:
         frozen = {n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen}
         self.frozen = jax.device_put(frozen, layout(frozen, self.mesh, r.sharding))
         self.step = TrainStep(r, self.mesh).jit()
+        create = functools.partial(create_state, r)
+        split = r.sharding != "replicated"
+        where = layout(jax.eval_shape(create), self.mesh, r.sharding) if split else self.replicated
+        self.create = jax.jit(create, out_shardings=where)
 
     def put(self, tree):
         return jax.device_put(tree, self.replicated)
-
-    def create(self):
-        create = functools.partial(create_state, self.recipe)
-        return jax.jit(create, out_shardings=layout(jax.eval_shape(create), self.mesh, self.recipe.sharding))()
 
     def batch(self, step: int):
         order = jax.random.permutation(stream(self.config.seed, "test order", step), len(self.data.label))

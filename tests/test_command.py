@@ -86,9 +86,13 @@ def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
 
 
 def main(*arguments, cwd):
+    return launch("main.py", *arguments, cwd=cwd)
+
+
+def launch(name, *arguments, cwd):
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
     return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "main.py"), *arguments],
+        [sys.executable, str(ROOT / "launch" / name), *arguments],
         cwd=cwd,
         env=env,
         capture_output=True,
@@ -121,14 +125,6 @@ def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
         assert word in done.stdout
     again = main(f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
     assert again.returncode == 0 and "is done" in again.stdout
-    env = {**os.environ, "XLA_FLAGS": ""}
-    probe = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "evaluate.py"), "--workdir=run", "--network=teacher"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    probe = launch("evaluate.py", "--workdir=run", "--network=teacher", cwd=tmp_path)
     assert probe.returncode == 0, probe.stderr
     assert "teacher at step 4" in probe.stdout

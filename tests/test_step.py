@@ -15,7 +15,7 @@ from ssl_kd.images import Images
 from ssl_kd.state import abstract
 from ssl_kd.step import TrainStep
 
-every_method = pytest.mark.parametrize("variant", VARIANTS)
+every_method = pytest.mark.parametrize("variant", VARIANTS, scope="module")  # its tests follow each other
 
 
 @every_method

@@ -5,15 +5,17 @@ import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ssl_kd.data.splits import choose
 from ssl_kd.errors import UserError, reason
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 
 class ParquetReader:
@@ -97,7 +99,9 @@ class ParquetReader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
             return images
 
-    def _open(self, f: int) -> pq.ParquetFile:
+    def _open(self, f: int) -> "pq.ParquetFile":
+        import pyarrow.parquet as pq  # here, for it starts a client of cloud stores, which takes seconds
+
         if f not in self._handles:
             try:
                 self._handles[f] = pq.ParquetFile(self.files[f])
