@@ -11,7 +11,7 @@ import jax
 from absl import flags
 from jax.experimental import multihost_utils
 
-from ssl_kd.errors import UserError
+from ssl_kd.errors import UserError, reason
 from ssl_kd.log import console
 
 LAST_WORDS = 10
@@ -46,7 +46,7 @@ def join(
       initialization_timeout, heartbeat_timeout: seconds to wait for the others, and of silence that counts as death.
 
     Raises:
-      UserError: for arguments that do not go together.
+      UserError: for arguments that do not go together, or a cluster that does not say what it is.
     """
     if num_processes == 1:
         return
@@ -69,6 +69,11 @@ def join(
             )
         except ValueError:  # there is no cluster here
             return
+        except Exception as error:  # its metadata may be behind a network
+            raise UserError(
+                f"the other processes cannot be met ({reason(error)}): give --num_processes=1 to train alone, or "
+                "--coordinator_address, --num_processes and --process_id."
+            ) from error
     console.quiet = jax.process_index() != 0
 
 

@@ -135,3 +135,12 @@ def test_alone_nothing_is_joined(monkeypatch):
     """Where one process is asked for, in a cluster too."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it waits for others"))
     processes.join(num_processes=1)
+
+
+def test_a_cluster_that_does_not_say_what_it_is_is_one_sentence(monkeypatch):
+    def initialize(*_, **__):
+        raise RuntimeError("no metadata")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"cannot be met \(no metadata\): give --num_processes=1 to train alone"):
+        processes.join()
