@@ -12,13 +12,14 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import base
-from ssl_kd import command
+from ssl_kd import command, processes
 from ssl_kd.log import console
 from ssl_kd.probes import layerwise
 from ssl_kd.probes.judge import probe_layers, probe_network
 from ssl_kd.report import layer_table, probe_table
 from ssl_kd.trained import RunNetwork, TrainedNetwork, load_source
 
+processes.define_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.")
 NETWORK = flags.DEFINE_string("network", "", "Which network of the run; default the method's evaluated one.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; default the newest.")

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ssl_kd.data.sources import Source, arrays, open_source
 from ssl_kd.images import Images
 from ssl_kd.log import console
-from ssl_kd.mesh import once
+from ssl_kd.mesh import make_mesh, once
 from ssl_kd.models.embed import batch_calibrated, pooled_features
 from ssl_kd.probes.evaluate import Labelled, evaluate, raw_pixels
 from ssl_kd.probes.health import signs_of_collapse
@@ -154,7 +153,7 @@ def probe_network(
     train_set, test_set = open_splits(config, source, train, test)
     apply, c = Partial(pooled_features(found.spec, found.image_size), found.variables), config.probe
     sets = labelled(train_set, c.train_images), labelled(test_set)
-    row = evaluate(apply, *sets, ks=c.knn, linear=True, batch_size=c.batch_size, mesh=all_devices())
+    row = evaluate(apply, *sets, ks=c.knn, linear=True, batch_size=c.batch_size, mesh=make_mesh())
     return {row_name(found): row}
 
 
@@ -173,7 +172,7 @@ def probe_layers(
       UserError: as `probe_network` and `layer_probe`.
     """
     sets = open_splits(config, source, train, test)
-    row = layer_probe(found, *sets, image_size=found.image_size, epochs=epochs, mesh=all_devices(), progress=True)
+    row = layer_probe(found, *sets, image_size=found.image_size, epochs=epochs, mesh=make_mesh(), progress=True)
     return {row_name(found): row}
 
 
@@ -188,7 +187,3 @@ def open_splits(config: ConfigDict, source: str, train: str, test: str) -> tuple
     splits = train or config.data.train, test or config.data.test
     train_set, test_set = (open_source(spec, split, short_side(config), config.data.max_bad) for split in splits)
     return train_set, test_set
-
-
-def all_devices() -> Mesh:
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))

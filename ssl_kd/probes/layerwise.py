@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 
 from ssl_kd.augment import Augmentation, augment
@@ -30,6 +30,7 @@ from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.log import Bar, console
 from ssl_kd.losses import promote
+from ssl_kd.mesh import REPLICATED, SHARDED, spread
 from ssl_kd.models import Network, NetworkSpec
 from ssl_kd.models.alexnet import AlexNet
 from ssl_kd.models.embed import crop_side, square
@@ -122,8 +123,8 @@ def layer_probe(
     loader = Loader(train, batch_size=batch_size, seed=seed, mesh=mesh, resident=resident)
     steps = max(1, round(epochs * loader.steps_per_epoch))
     probe = LayerProbe(found.spec, image_size, steps, seed, mesh)
-    variables = jax.device_put(found.variables, probe.replicated)
-    classifiers = jax.device_put(probe.create(variables, train.num_classes or 0), probe.replicated)
+    variables = spread(found.variables, probe.replicated)
+    classifiers = spread(probe.create(found.variables, train.num_classes or 0), probe.replicated)
     classifiers = fit(probe, classifiers, variables, loader, batch_size, progress)
 
     crops = 2 * len(crop_places(test.canvas, image_size))
@@ -151,7 +152,7 @@ class LayerProbe:
 
     @property
     def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.mesh, REPLICATED)
 
     def layers(self, variables: Any, views: jax.Array) -> Layers:
         """What the classifiers see of views (B, size, size, 3): pooled maps, then the pooled feature, float32."""
@@ -178,7 +179,7 @@ class LayerProbe:
         if data is not None:
             index = batch["index"]
             batch = {"image": data.take(index), "label": data.label[index]}
-            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, PartitionSpec("data")))
+            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, SHARDED))
         key = stream(self.seed, "layer probe", classifiers.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["label"])))
         views = augment(batch["image"], keys, key, TRAINING_VIEW, self.image_size)
