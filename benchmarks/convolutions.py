@@ -3,7 +3,7 @@
     python benchmarks/convolutions.py [--rounds=7] [--only=TEXT] [--out=benchmarks/convolutions]
 
 Writes OUT.json and OUT.md: GFLOP/s of single convolutions, ms an image of whole networks (in PyTorch timm's, and an
-AlexNet of its own). What `convolve` in ssl_kd/models/layers.py does with which shape rests on them. One thread,
+AlexNet of its own). What `convolve` in ssl_kd/models/convolution.py does with which shape rests on them. One thread,
 float32; CPU seconds, not the clock's, so that other work on the machine counts little; the sides take turns, and the
 fastest of their rounds counts.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from ssl_kd.checkpoint import session
 from ssl_kd.command import keep_freed_memory
-from ssl_kd.models import MODELS, layers
+from ssl_kd.models import MODELS, convolution
 from ssl_kd.weights.layouts import TIMM_MODELS
 from ssl_kd.workdir import write_json
 
@@ -116,8 +116,8 @@ def convolution_sides(shape: tuple[int, ...], groups: int) -> dict[str, Callable
 
     how = {"stride": stride, "padding": padding, "groups": groups}
     sides = {
-        "xla": side(lambda x, kernel: layers._convolve(x, kernel, stride, padding, groups)),
-        "ssl_kd": side(lambda x, kernel: layers.convolve(x, kernel, **how)),
+        "xla": side(lambda x, kernel: convolution._convolve(x, kernel, stride, padding, groups)),
+        "ssl_kd": side(lambda x, kernel: convolution.convolve(x, kernel, **how)),
     }
     if torch:
         there = [torch.tensor(a.transpose(order)) for a, order in zip((x, kernel, gradient), ORDERS, strict=True)]

@@ -27,7 +27,7 @@ from ssl_kd.bench import flops_of, seconds_a_call, stepper
 from ssl_kd.errors import UserError
 from ssl_kd.images import Images
 from ssl_kd.models import backbone_calls
-from ssl_kd.models.layers import plain_convolutions
+from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.recipe import flatten
 from ssl_kd.run import Run, prepare
 from ssl_kd.step import TrainStep

@@ -99,7 +99,7 @@ def count(name: str) -> dict[str, Any]:
     from ssl_kd.collectives import exchanges, totals
     from ssl_kd.images import Images
     from ssl_kd.mesh import REPLICATED, SHARDED, make_mesh
-    from ssl_kd.models.layers import plain_convolutions
+    from ssl_kd.models.convolution import plain_convolutions
     from ssl_kd.recipe import make_recipe
     from ssl_kd.state import create_state
     from ssl_kd.step import TrainStep

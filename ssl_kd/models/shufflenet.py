@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ssl_kd.losses import promote
-from ssl_kd.models.layers import BatchNorm, Conv, Features, Norm, classify, max_pool, pick_stem
+from ssl_kd.models.convolution import max_pool
+from ssl_kd.models.layers import BatchNorm, Conv, Features, Norm, classify, pick_stem
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from ssl_kd.data.sources import arrays, open_source
 from ssl_kd.errors import UserError
 from ssl_kd.log import console
 from ssl_kd.models import MODELS, NetworkSpec, backbone_forward, init_network
+from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.models.embed import pooled_features
-from ssl_kd.models.layers import plain_convolutions
 from ssl_kd.probes.features import extract
 from ssl_kd.probes.health import health
 from ssl_kd.trained import load_source

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from ssl_kd.errors import UserError
 from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
-from ssl_kd.models.layers import plain_convolutions
+from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.weights.layouts import (
     BACKBONE_WEIGHTS,
     LAYOUTS,

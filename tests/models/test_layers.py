@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 from ssl_kd.errors import UserError
-from ssl_kd.models.layers import BatchNorm, Conv, Features, convolve, max_pool, pick_stem, scaled
+from ssl_kd.models.convolution import convolve, max_pool
+from ssl_kd.models.layers import BatchNorm, Conv, Features, pick_stem, scaled
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "micro_bn_ema_optim.npz"
 
