@@ -38,9 +38,14 @@ PATIENCE = 300.0
 RUN = (
     "launch/main.py",
     "--config=configs/rekd_alexnet.py:smoke",
-    "--config.checkpoint.every_epochs=0.25",
+    "--config.data.train=train[:512]",
+    "--config.batch_size=16",
+    "--config.bn_groups=1",
     "--config.epochs=12",
+    "--config.checkpoint.every_epochs=0.25",
+    "--config.probe.linear=False",
 )
+"""384 steps, a checkpoint every 8."""
 
 
 @contextlib.contextmanager
@@ -180,6 +185,6 @@ if __name__ == "__main__":
     JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
     KILLS = flags.DEFINE_integer("kills", 20, "How often a process is hurt.")
     PROCESSES = flags.DEFINE_integer("processes", 2, "Processes of the run.")
-    LONGEST = flags.DEFINE_float("longest", 45.0, "An attempt is hurt before so many seconds, drawn at random.")
+    LONGEST = flags.DEFINE_float("longest", 30.0, "An attempt is hurt before so many seconds, drawn at random.")
     SEED = flags.DEFINE_integer("seed", 0, "Of to whom it is done, and when.")
     command.run(main, words=True)
