@@ -32,6 +32,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 HEARTBEAT = 10
 """Seconds of silence that the others take for death."""
 
+ARRIVAL = 60
+"""Seconds that they wait for one that was killed before it met them."""
+
 PATIENCE = 300.0
 """Seconds within which a run must notice what was done to it."""
 
@@ -41,11 +44,12 @@ RUN = (
     "--config.data.train=train[:512]",
     "--config.batch_size=16",
     "--config.bn_groups=1",
-    "--config.epochs=12",
-    "--config.checkpoint.every_epochs=0.25",
+    "--config.epochs=8",
+    "--config.checkpoint.every_epochs=0.5",
+    "--config.probe.every_epochs=0",
     "--config.probe.linear=False",
 )
-"""384 steps, a checkpoint every 8."""
+"""256 steps, a checkpoint every 16."""
 
 
 @contextlib.contextmanager
@@ -57,7 +61,7 @@ def together(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
-    meet += [f"--heartbeat_timeout={HEARTBEAT}"]
+    meet += [f"--heartbeat_timeout={HEARTBEAT}", f"--initialization_timeout={ARRIVAL}"]
     with log.open("ab") as said:
         running = [
             subprocess.Popen(
