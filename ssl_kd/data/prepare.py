@@ -84,8 +84,8 @@ class Packing:
     def record(self, reader: Reader, row: int) -> bytes:
         """A row's image and label. An upright JPEG that is small enough keeps its bytes.
 
-        Other JPEGs halve their chroma (4:2:0), as cameras do: of 340×256, 45 kB instead of 69, decoded in 0.53 ms
-        instead of 0.78.
+        Other JPEGs halve their chroma (4:2:0), as cameras do: of 340×256 at quality 95, 45 kB instead of 69, decoded in
+        0.53 ms instead of 0.78.
 
         Raises: UserError when the image cannot be read.
         """
