@@ -118,7 +118,7 @@ class Interruption:
 
     def __init__(self):
         self.signal = 0
-        self._together = jax.process_count() > 1
+        self._together, self._asked = jax.process_count() > 1, 0
 
     def __enter__(self) -> "Interruption":
         # With several processes SIGTERM is the service's own: it took the signal over when they met.
@@ -132,10 +132,13 @@ class Interruption:
         if self._together:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no step will come to grant the wish
 
-    def wanted(self, step: int) -> int:
+    def wanted(self) -> int:
         """The signal that asks to stop after this step, or 0. Every process asks once for every step."""
         if self._together:
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+            # Counted from 1: jax has processes that have not asked yet, as they compile, stop at 1. With the number of
+            # the step a run that is resumed would never come by, and go on.
+            self._asked += 1
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(self._asked) else 0
         return self.signal  # read once: what arrives later is granted after the next step
 
     def _receive(self, number: int, _frame) -> None:

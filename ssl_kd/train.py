@@ -109,7 +109,7 @@ def loop(
         for step, batch in enumerate(batches, start + 1):
             state, values = train_step(state, frozen, batch, loader.data)
             flying.append((step, values))
-            stop = interruption.wanted(step)
+            stop = interruption.wanted()
             save_due = stop or step == total or step % save_every == 0
             probe_due = probe_every and step % probe_every == 0 and step < total
             while flying and (len(flying) > IN_FLIGHT or save_due or probe_due):
