@@ -83,10 +83,10 @@ def detect(path: Path, tensors: Mapping[str, np.ndarray], preferred: str, known:
         fits = _nearest_fits(tensors, models)
         whole = [fit for fit in fits if fit.whole]
         best = [fit for fit in whole if len(fit.places) == max(len(fit.places) for fit in whole)]
-        if len(names := dict.fromkeys(fit.spec.name for fit in best)) > 1:
+        if len(names := {fit.spec.name for fit in best}) > 1:
             raise UserError(
-                f"{path} fits several models: say whether it is {' or '.join(names)}, by teacher.name or student.name "
-                "in a recipe, else by --model."
+                f"{path} fits several models: say whether it is {' or '.join(sorted(names))}, by teacher.name or "
+                "student.name in a recipe, else by --model."
             )
         if best:
             return best[0]
