@@ -24,6 +24,9 @@ from ssl_kd.train import fit
 BLOCK = 1000
 """Steps that are compared: the first so many against the last."""
 
+LOGGED = 100
+"""Steps between two lines of metrics.jsonl."""
+
 
 @dataclasses.dataclass
 class Sampler:
@@ -54,7 +57,7 @@ class Sampler:
 def config(steps: int) -> Any:
     """ReKD on 8 images of 28 px: all that a step has, in some ten milliseconds."""
     c = rekd_alexnet.get_config("smoke")
-    c.batch_size, c.bn_groups, c.log_every = 8, 1, BLOCK // 10
+    c.batch_size, c.bn_groups, c.log_every = 8, 1, LOGGED
     c.student.width = c.teacher.width = 1 / 32
     c.student.head_hidden = c.teacher.head_hidden = 32
     c.method.queue = 256
@@ -65,10 +68,11 @@ def config(steps: int) -> Any:
 
 
 def compared(lines: Sequence[dict[str, float]], sampler: Sampler, began: float) -> dict[str, Any]:
-    """Milliseconds a step, of blocks of steps between probes, and memory, early and late."""
-    figures = {}
-    blocks = list(itertools.pairwise(lines))
-    for name, part in {"first": blocks[: BLOCK // 100 - 1], "last": blocks[-(BLOCK // 100 - 1) :]}.items():
+    """Milliseconds a step, and memory, of the first thousand steps, of the last, and of every thousand."""
+    figures: dict[str, Any] = {}
+    pairs, size = list(itertools.pairwise(lines)), BLOCK // LOGGED
+    blocks = {f"thousand {k + 1}": pairs[k * size : (k + 1) * size - 1] for k in range(len(lines) // size)}
+    for name, part in blocks.items():
         paces = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in part]
         start, stop = began + part[0][0]["seconds"], began + part[-1][1]["seconds"]
         figures[name] = {
@@ -76,9 +80,9 @@ def compared(lines: Sequence[dict[str, float]], sampler: Sampler, began: float) 
             "ms_a_step": round(statistics.median(paces), 3),
             "mebibytes": round(sampler.mebibytes(start, stop), 1),
         }
-    first, last = figures["first"], figures["last"]
+    first, *_, last = figures.values()
     growth = {key: round(last[key] / first[key], 4) for key in ("ms_a_step", "mebibytes")}
-    return {**figures, "growth": growth}
+    return {**figures, "last over first": growth}
 
 
 def main() -> None:
