@@ -1,7 +1,7 @@
 """ReKD: an AlexNet student learns from the relations that an online ResNet teacher mines (AAAI 2022, arXiv 2112.04174).
 
     python launch/main.py --config=configs/rekd_alexnet.py             embedded images, a laptop
-    python launch/main.py --config=configs/rekd_alexnet.py:smoke       the same in miniature, under a minute
+    python launch/main.py --config=configs/rekd_alexnet.py:smoke       the same in miniature, a minute or two
     python launch/main.py --config=configs/rekd_alexnet.py:cifar10 --config.data.source=hf:DIRECTORY
     python launch/main.py --config=configs/rekd_alexnet.py:imagenet    the paper's setting, TFDS imagenet2012
 

@@ -67,9 +67,9 @@ def join(
                 initialization_timeout=initialization_timeout + LAST_WORDS,
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
-        except ValueError:  # there is no cluster here
-            return
-        except Exception as error:  # its metadata may be behind a network
+        except Exception as error:  # a cluster's metadata may be behind a network
+            if isinstance(error, ValueError) and not any(said):  # there is no cluster here
+                return
             raise UserError(
                 f"the other processes cannot be met ({reason(error)}): give --num_processes=1 to train alone, or "
                 "--coordinator_address, --num_processes and --process_id."

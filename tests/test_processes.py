@@ -131,15 +131,29 @@ def test_flags_that_cannot_be_meant_are_one_sentence(flags, sentence):
 
 
 def test_alone_nothing_is_joined(monkeypatch):
-    """Where one process is asked for, in a cluster too."""
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it waits for others"))
-    processes.join(num_processes=1)
+    """Where one process is asked for, in a cluster too; and where jax finds no cluster."""
+    asked = []
 
-
-def test_a_cluster_that_does_not_say_what_it_is_is_one_sentence(monkeypatch):
     def initialize(*_, **__):
-        raise RuntimeError("no metadata")
+        asked.append(1)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    processes.join(num_processes=1)
+    assert not asked
+    processes.join()
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(RuntimeError, {}), (ValueError, {"coordinator_address": "host:1", "process_id": 0})]
+)
+def test_others_that_cannot_be_met_are_one_sentence(error, said, monkeypatch):
+    """Whoever named others never trains alone without a word."""
+
+    def initialize(*_, **__):
+        raise error("no metadata")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match=r"cannot be met \(no metadata\): give --num_processes=1 to train alone"):
-        processes.join()
+        processes.join(**said, **({"num_processes": 2} if said else {}))
