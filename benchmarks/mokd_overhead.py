@@ -60,7 +60,7 @@ def main() -> None:
     rows = jnp.arange(c.batch_size, dtype=jnp.int32)
     batch = step.shard({"index": rows, "label": jnp.zeros_like(rows)})
     images, _ = arrays(run.train.take(np.arange(c.batch_size)))
-    views = jax.jit(lambda images: step.views(0, {"image": images}, rows, None))(step.shard(images))
+    views = jax.jit(lambda images: step.views(0, {"image": images}, rows))(step.shard(images))
     state = run.create_now()
 
     def networks_alone(state, views):

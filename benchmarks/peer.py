@@ -111,7 +111,7 @@ def work(run: Run) -> dict[str, Any]:
     step, rows = TrainStep(run.recipe, run.mesh), np.arange(run.config.batch_size, dtype=np.int32)
     state, frozen = jax.eval_shape(run.create), run.frozen()
     images = Images.whole(np.zeros((len(rows), *run.train.canvas, 3), np.uint8))
-    views = jax.eval_shape(lambda images: step.views(0, {"image": images}, rows, None), images)
+    views = jax.eval_shape(lambda images: step.views(0, {"image": images}, rows), images)
 
     def learn(state, frozen, views):
         context = step.context(state, {"index": rows, "label": rows}, 0)

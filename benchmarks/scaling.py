@@ -149,7 +149,9 @@ def count(name: str) -> dict[str, Any]:
 
 
 def seconds(machine: Machine, devices: int, kind: str, size: float) -> float:
-    """Of a collective by rings, within nodes and then between them; its latency apart."""
+    """Of a collective by rings, within nodes and then between them, or from device to device; its latency apart."""
+    if kind == "collective-permute":
+        return size / (machine.near if devices <= machine.node else machine.far)
     near, nodes = min(devices, machine.node), max(1, devices // machine.node)
     passes = 2 if kind == "all-reduce" else 1  # reduced and scattered, then gathered
     between = size / near * (nodes - 1) / nodes / machine.far
@@ -157,7 +159,8 @@ def seconds(machine: Machine, devices: int, kind: str, size: float) -> float:
 
 
 def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str, float]:
-    """Milliseconds of a step and what follows from them. Rows and images grow with the batch; the rest stays.
+    """Milliseconds of a step and what follows from them. Rows grow with the batch; of its images a device keeps
+    one in n, or one of all, when it deals them to others; the rest stays.
 
     A parameter's gradient is exchanged once, in float32: XLA's CPU compiler does it at every call of a network, that
     for GPUs adds first (its pass all-reduce-reassociate).
@@ -165,7 +168,9 @@ def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str
     compute = counted["flops"] / COUNTED_ON / (machine.flops * machine.utilisation)
     parts = {"latency": counted["collectives"] * machine.latency[devices]}
     for purpose, kinds in counted["exchanged"].items():
-        grown = devices / COUNTED_ON if purpose in ("images", "rows") else 1
+        grown = devices / COUNTED_ON if purpose == "rows" else 1
+        if purpose == "images":
+            grown = (1 - 1 / min(devices, IMAGES)) / (1 - 1 / COUNTED_ON)
         if purpose == "gradients":
             kinds = {"all-reduce": counted["trained"]}
         parts[purpose] = sum(seconds(machine, devices, kind, grown * size) for kind, size in kinds.items())

@@ -30,6 +30,7 @@ from ssl_kd.mesh import REPLICATED, SHARDED, place
 from ssl_kd.models import backbone_calls, backbone_forward
 from ssl_kd.models.layers import Features
 from ssl_kd.run import Run
+from ssl_kd.shuffle import draw_hands, order_of
 from ssl_kd.state import State
 from ssl_kd.step import TrainStep
 
@@ -140,19 +141,20 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: Images) -> di
     r, count = step.recipe, len(images)
     rows = jnp.arange(count, dtype=jnp.int32)
     batch = step.shard({"index": rows, "label": jnp.zeros_like(rows)})
-    order = rows[::-1] if r.shuffle_keys else None
+    hands = draw_hands(jax.random.key(0), count, r.shuffled_groups) if r.shuffled_groups > 1 else None
+    inverse = None if hands is None else jnp.argsort(order_of(hands))
 
     def random(shapes):
         return step.shard(jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), shapes))
 
     def make_views(number, images):
         sources = {"image": images, "mate": images}
-        return {name: step.shard(view) for name, view in step.views(number, sources, rows, order).items()}
+        return {name: step.shard(view) for name, view in step.views(number, sources, rows, hands).items()}
 
     pieces = {"augmentation": Part(make_views, (state.step, images), r.accum)}
     views = random(jax.eval_shape(make_views, state.step, images))
     variables = step.variables(state.trained, state, frozen)
-    calls = listed_calls(step, state, frozen, views, batch, order)
+    calls = listed_calls(step, state, frozen, views, batch, inverse)
     for (network, norm, x, _), times in Counter(calls).items():
         name = network if [c[0] for c in set(calls)].count(network) == 1 else f"{network} {x.shape[1]} px {norm}"
         trained = network in r.method.trained
@@ -174,7 +176,7 @@ def step_parts(step: TrainStep, state: State, frozen: Any, images: Images) -> di
     learned = [c[0] in r.method.trained for c in calls]
 
     def relate(trained, outputs, features, state, frozen, views):
-        context = step.context(state, batch, 0, order)
+        context = step.context(state, batch, 0, inverse)
 
         def loss(trained, outputs):
             mine = iter(outputs)
@@ -211,7 +213,7 @@ def with_outputs(features: Features, pooled: jax.Array, last: jax.Array) -> Feat
 
 
 def listed_calls(
-    step: TrainStep, state: State, frozen: Any, views: Any, batch: Any, order: jax.Array | None
+    step: TrainStep, state: State, frozen: Any, views: Any, batch: Any, inverse: jax.Array | None
 ) -> list[tuple[Any, ...]]:
     """(network, norm, images, features) of every backbone call of the loss, arrays as hashable shapes."""
     found: list[tuple[Any, ...]] = []
@@ -221,7 +223,7 @@ def listed_calls(
 
     def trace(state, frozen, views):
         with backbone_calls() as calls:
-            step.loss(state.trained, state, frozen, views, step.context(state, batch, 0, order))
+            step.loss(state.trained, state, frozen, views, step.context(state, batch, 0, inverse))
         found.extend((c.network, c.norm, shape(c.images), jax.tree.map(shape, c.features)) for c in calls)
 
     jax.eval_shape(trace, state, frozen, views)

@@ -26,7 +26,7 @@ class Exchange:
       dtype, shape: of all that an all-gather returns, else of what every device puts in.
       times: how often one run of the program does it: more than once in a loop.
       source: path of the operation that made the array, as jax names it: 'jit(f)/jvp(student.embed)/…/reduce_sum'.
-      collective: tells collectives apart.
+      collective: its name.
     """
 
     kind: str
@@ -72,7 +72,7 @@ _NAME = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|\w+_computation)=%?([\w.-]+)|\bbranch_computations=\{([^}]*)\}")
 _LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_TRAITS = re.compile(r'\b(?:channel_id|replica_groups|source_target_pairs|op_name)=(?:"[^"]*"|[^\s"]+)')
 
 
 def exchanges(text: str) -> list[Exchange]:
@@ -94,12 +94,13 @@ def exchanges(text: str) -> list[Exchange]:
             inside[found[1]] = found[2]
 
     @functools.cache
-    def of(computation: str) -> list[tuple[str, list[Exchange]]]:
-        """The name of every collective, and what it exchanges."""
+    def of(computation: str) -> list[tuple[str, tuple[str, ...], list[Exchange]]]:
+        """Of every collective the computation that has it, what tells it from others there, what it exchanges."""
         here, all_found = computations[computation], []
         for name, instruction in here.items():
             if collective := _COLLECTIVE.search(instruction.partition(", metadata=")[0]):
-                all_found.append((name, _arrays(name, collective, here)))
+                traits = (collective[1], *_TRAITS.findall(instruction))
+                all_found.append((computation, traits, _arrays(name, collective, here)))
                 continue
             called = [one or _NAME.findall(several) for one, several in _CALLED.findall(instruction)]
             inner = [c for other in called for one in ([other] if isinstance(other, str) else other) for c in of(one)]
@@ -109,19 +110,19 @@ def exchanges(text: str) -> list[Exchange]:
                 if length is None:
                     raise ValueError(f"the loop {name} exchanges arrays, and the text does not say how often")
                 times = int(length[1])
-            for other, arrays in inner:
-                all_found.append((other, [dataclasses.replace(e, times=times * e.times) for e in arrays]))
+            for where, traits, arrays in inner:
+                all_found.append((where, traits, [dataclasses.replace(e, times=times * e.times) for e in arrays]))
         return all_found
 
-    # A TPU spreads a collective over the computations that it runs beside: one channel, in each under another name.
-    names: dict[str, str] = {}
-    return [e for name, arrays in of(entry) for e in arrays if names.setdefault(e.collective, name) == name]
+    # A TPU spreads a collective over the computations that it runs beside: in each of them all but its name is there.
+    first: dict[tuple[str, ...], str] = {}
+    return [e for where, traits, arrays in of(entry) for e in arrays if first.setdefault(traits, where) == where]
 
 
 def _arrays(name: str, collective: re.Match[str], here: Mapping[str, str]) -> list[Exchange]:
     """What the collective of that name exchanges, a match in its text, one of a computation's instructions `here`."""
     instruction, kind, operands = here[name], collective[1], _NAME.findall(collective[2])
-    channel, own_source = _CHANNEL.search(instruction), _SOURCE.search(instruction)
+    own_source = _SOURCE.search(instruction)
     if kind == "all-gather":  # the results come last: an asynchronous one returns what is put in as well
         arrays = _ARRAY.findall(instruction[: collective.start()])[-len(operands) :]
     else:
@@ -136,7 +137,7 @@ def _arrays(name: str, collective: re.Match[str], here: Mapping[str, str]) -> li
                 shape=tuple(int(length) for length in shape.split(",") if length),
                 times=1,
                 source=source[1] if source else "",
-                collective=channel[1] if channel else name,
+                collective=name,
             )
         )
     return found

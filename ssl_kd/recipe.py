@@ -61,7 +61,7 @@ class Recipe:
       image_size: side of every view, pixels.
       steps_per_epoch, total_steps: lengths of an epoch and of the run.
       accum: micro-batches an optimizer step is split into.
-      shuffle_keys: whether views that ask for it are made from a shuffled batch (pointless with one batch-norm group).
+      shuffled_groups: batch-norm groups of a micro-batch over which views that ask for it are shuffled; 1 = not at all.
       max_nonfinite: refused steps tolerated before the state halts; see `ssl_kd.step.TrainStep`.
       sharding: how the state and the frozen networks lie on the devices.
       cache_views: fixed views of every image that the frozen teacher sees, epoch by epoch; 0 = new ones every time.
@@ -77,7 +77,7 @@ class Recipe:
     steps_per_epoch: int
     total_steps: int
     accum: int
-    shuffle_keys: bool
+    shuffled_groups: int
     max_nonfinite: int
     sharding: Sharding
     cache_views: int
@@ -323,7 +323,7 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
         steps_per_epoch=per_epoch,
         total_steps=total,
         accum=config.optim.accum,
-        shuffle_keys=config.bn_groups > 1,
+        shuffled_groups=config.bn_groups,
         max_nonfinite=config.max_nonfinite,
         sharding=config.sharding,
         cache_views=config.teacher.cache_views if "teacher" in method.frozen else 0,

@@ -169,7 +169,7 @@ class Run:
         def loss(state: State, frozen, images: Images) -> jax.Array:
             rows = jnp.arange(self.config.batch_size, dtype=jnp.int32)
             batch = {"index": rows, "label": rows, "image": images, "mate": images}
-            views = step.views(state.step, batch, rows, None)
+            views = step.views(state.step, batch, rows)
             with features_of_views("teacher", views) as found:
                 value, _ = step.loss(state.trained, state, frozen, views, step.context(state, batch, 0))
             looks.extend(found)
@@ -203,7 +203,7 @@ class Run:
 
         @functools.partial(jax.jit, out_shardings=self.replicated)
         def look(variables, batch, number):
-            views = step.views(number * r.steps_per_epoch, batch, batch["index"], None)
+            views = step.views(number * r.steps_per_epoch, batch, batch["index"])
             see = functools.partial(network.apply, variables, norm="running", method="features")
             return {name: see(views[name]).pooled for name in self.cached_views}
 

@@ -15,18 +15,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ssl_kd.augment import augment
 from ssl_kd.data.bags import mates
 from ssl_kd.data.resident import Resident
+from ssl_kd.images import Images
 from ssl_kd.losses import promote
 from ssl_kd.mesh import REPLICATED, gathered, layout
 from ssl_kd.methods import Context
 from ssl_kd.models import Networks, features_of_views
 from ssl_kd.optim import moving_average
 from ssl_kd.recipe import Recipe
+from ssl_kd.shuffle import deal, draw_hands, order_of
 from ssl_kd.state import State, create_state, stream
 
 Batch = Mapping[str, Any]
 """'index' (B,) int32; and unless the data set is resident, 'image', B `Images`, 'label' (B,) int32, and for a method
 with mates 'mate', B `Images`. With `teacher.cache_views` 'cached', view → the teacher's features (B, D); without it the
-teacher looks itself."""
+teacher looks itself.
+
+Within the step, where every device has the whole set, images are the numbers of their rows, (B,) int32, until they are
+looked at: then none is ever exchanged."""
 
 
 def crop_keys(keys: jax.Array, count: int) -> jax.Array:
@@ -62,13 +67,15 @@ class TrainStep:
 
     def __call__(self, state: State, frozen, batch: Batch, data: Resident | None) -> tuple[State, dict[str, jax.Array]]:
         if data is not None:
-            index = batch["index"]
-            batch = {**batch, "image": data.take(index), "label": data.label[index]}
+            rows = {"image": batch["index"]}
             if data.bag is not None:
-                batch["mate"] = data.take(mates(data.bag, index, self.recipe.seed, state.step))
-            batch = self.shard(batch)
-        several = self.recipe.accum > 1
-        outcome, grads = self.accumulate(state, frozen, batch) if several else self.micro(state, frozen, batch, 0)
+                rows["mate"] = mates(data.bag, batch["index"], self.recipe.seed, state.step)
+            images = rows if data.split_over is None else {name: data.take(index) for name, index in rows.items()}
+            batch = self.shard({**batch, **images, "label": data.label[batch["index"]]})
+        if self.recipe.accum > 1:
+            outcome, grads = self.accumulate(state, frozen, batch, data)
+        else:
+            outcome, grads = self.micro(state, frozen, batch, data, 0)
         return self.finish(state, batch, outcome, grads)
 
     def finish(self, state: State, batch: Batch, outcome, grads) -> tuple[State, dict[str, jax.Array]]:
@@ -101,15 +108,16 @@ class TrainStep:
         }
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    def micro(self, state: State, frozen, batch: Batch, number):
+    def micro(self, state: State, frozen, batch: Batch, data: Resident | None, number):
         """((loss, (push, metrics, batch_stats)), grads) of micro-batch `number`, by the memory from before the step."""
         count = batch["index"].shape[0]
-        order = inverse = None
-        if self.recipe.shuffle_keys:
+        hands = order = inverse = None
+        if self.recipe.shuffled_groups > 1:
             key = jax.random.fold_in(stream(self.recipe.seed, "shuffle", state.step), number)
-            order = jax.random.permutation(key, count)
+            hands = draw_hands(key, count, self.recipe.shuffled_groups)
+            order = order_of(hands)
             inverse = jnp.argsort(order)
-        views = self.views(state.step, batch, number * count + jnp.arange(count), order)
+        views = self.views(state.step, batch, number * count + jnp.arange(count), hands, data)
         ctx = self.context(state, batch, number, inverse)
         with contextlib.ExitStack() as stack:
             if "cached" in batch:
@@ -121,14 +129,14 @@ class TrainStep:
                 stack.enter_context(features_of_views("teacher", views, cached))
             return jax.value_and_grad(self.loss, has_aux=True)(state.trained, state, frozen, views, ctx)
 
-    def accumulate(self, state: State, frozen, batch: Batch):
+    def accumulate(self, state: State, frozen, batch: Batch, data: Resident | None):
         """As `micro` on the whole batch: means over the micro-batches, pushes concatenated in order."""
         split = jax.tree.map(lambda x: x.reshape(self.recipe.accum, -1, *x.shape[1:]), dict(batch))
         split = self.shard(split, None, "data")
 
         def body(total, item):
             number, micro_batch = item
-            (loss, (push, metrics, stats)), grads = self.micro(state, frozen, micro_batch, number)
+            (loss, (push, metrics, stats)), grads = self.micro(state, frozen, micro_batch, data, number)
             return jax.tree.map(jnp.add, total, (loss, stats, grads)), (push, metrics)
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.batch_stats, state.trained))
@@ -141,8 +149,15 @@ class TrainStep:
         metrics = jax.tree.map(jnp.nanmean, metrics)
         return (loss, (push, metrics, stats)), grads
 
-    def views(self, step: jax.Array, batch: Batch, row: jax.Array, order: jax.Array | None):
-        """Name → float32 view of the images, as `View` has it.
+    def views(
+        self,
+        step: jax.Array,
+        batch: Batch,
+        row: jax.Array,
+        hands: jax.Array | None = None,
+        data: Resident | None = None,
+    ) -> dict[str, jax.Array]:
+        """Name → float32 view of the images, as `View` has it; what is shuffled lies as `hands` deal it, if given.
 
         A view is a function of a step and of `row`, the image's place within the whole batch; with
         `teacher.cache_views` of the number of the epoch's views, and of the image's index in the set.
@@ -152,10 +167,11 @@ class TrainStep:
             step, row = step // self.recipe.steps_per_epoch % self.recipe.cache_views, batch["index"]
         for name, view in self.recipe.method.views.items():
             source, number = batch[view.source], row
-            if view.shuffled and order is not None:
-                # uint8 images and row numbers are permuted before augmentation: an image keeps its own key. Unless
-                # told, the compiler leaves the permuted rows, and so this view's networks, whole on every device.
-                source, number = self.shard((source[order], row[order]))
+            if view.shuffled and hands is not None:
+                # Before augmentation, an image and its row's number: it keeps its own key.
+                source, number = self.shuffled(source, hands), self.shuffled(row, hands)
+            if data is not None and not isinstance(source, Images):
+                source = self.shard(data.image[source])
             keys = jax.vmap(jax.random.fold_in, (None, 0))(stream(self.recipe.seed, f"augment/{name}", step), number)
             make = partial(
                 augment,
@@ -167,6 +183,14 @@ class TrainStep:
             # Crops lie on the second axis, so that an image's crops stay on its device.
             views[name] = jax.vmap(make, 1, 1)(crop_keys(keys, view.count)) if view.count else make(keys)
         return views
+
+    def shuffled(self, rows: Images | jax.Array, hands: jax.Array) -> Any:
+        """Images or numbers of the batch, as the hands deal them. Numbers are few bytes, and gathered."""
+        order = order_of(hands)
+        if isinstance(rows, Images):
+            return Images(self.shard(deal(rows.pixels, hands, self.mesh)), self.shard(rows.size[order]))
+        # Unless told, the compiler leaves permuted rows, and so a view's networks, whole on every device.
+        return self.shard(rows[order])
 
     def loss(self, trained, state: State, frozen, views, ctx: Context):
         """The method's loss as a function of the trained parameters; the other networks are constants."""

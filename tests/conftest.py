@@ -16,6 +16,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import functools
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -121,6 +122,8 @@ def source_of(images, labels=None, classes: int | None = None) -> Source:
 class Rig:
     """A tiny experiment without files: recipe, mesh over some of the devices, data, and steps."""
 
+    drawn: ClassVar = {}  # config → initial state, on the host
+
     def __init__(self, config, devices: int = 1, images: int = 64):
         self.config = config
         self.recipe = r = make_recipe(config, images)
@@ -136,10 +139,16 @@ class Rig:
         frozen = {n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen}
         self.frozen = jax.device_put(frozen, layout(frozen, self.mesh, r.sharding))
         self.step = TrainStep(r, self.mesh).jit()
-        create = functools.partial(create_state, r)
-        split = r.sharding != "replicated"
-        where = layout(jax.eval_shape(create), self.mesh, r.sharding) if split else self.replicated
-        self.create = jax.jit(create, out_shardings=where)
+        self.shapes = jax.eval_shape(functools.partial(create_state, r))
+
+    def create(self):
+        """The initial state, drawn once for all layouts of it."""
+        alike = self.config.copy_and_resolve_references()
+        alike.sharding, alike.bn_groups = "replicated", 1
+        name = alike.to_json()
+        if name not in self.drawn:
+            self.drawn[name] = jax.device_get(jax.jit(functools.partial(create_state, self.recipe))())
+        return jax.device_put(self.drawn[name], layout(self.shapes, self.mesh, self.recipe.sharding))
 
     def put(self, tree):
         return jax.device_put(tree, self.replicated)
@@ -179,12 +188,21 @@ VARIANTS = {
     "mokd-alone": ("mokd", {"teacher": "none"}),
 }
 
+GROUPS = {"rekd-balanced": 8, "disco": 8, "seed": 2, "ressl": 2, "compress": 2, "simreg": 2, "bingo": 8}
+
+
+def config_of(variant: str):
+    """The recipe of a variant, some with groups of batch norm."""
+    method, fields = VARIANTS[variant]
+    config = tiny_config(method, **fields)
+    config.bn_groups = GROUPS.get(variant, 1)
+    return config
+
 
 @functools.cache
 def rig_of(variant: str) -> Rig:
     """One compiled step a variant, shared by all tests that only look at it."""
-    method, fields = VARIANTS[variant]
-    return Rig(tiny_config(method, **fields))
+    return Rig(config_of(variant))
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def test_operations_of_products_and_convolutions_are_the_textbooks():
 def shapes_of(rig):
     rows = np.arange(16, dtype=np.int32)
     images = dict.fromkeys(("image", "mate"), Images.whole(np.zeros((16, 12, 12, 3), np.uint8)))
-    views = jax.eval_shape(lambda images: TrainStep(rig.recipe, rig.mesh).views(0, images, rows, None), images)
+    views = jax.eval_shape(lambda images: TrainStep(rig.recipe, rig.mesh).views(0, images, rows), images)
     return views, {"index": rows, "label": rows}
 
 
@@ -56,7 +56,7 @@ CALLS = {"disco": 5, "bingo": 5, "mokd": 6, "mokd-alone": 3}
 def test_every_network_of_the_method_is_called(variant):
     rig = rig_of(variant)
     method, (views, batch) = rig.recipe.method, shapes_of(rig)
-    state = jax.eval_shape(rig.create)
+    state = rig.shapes
     calls = listed_calls(TrainStep(rig.recipe, rig.mesh), state, rig.frozen, views, batch, None)
     assert {call[0] for call in calls} == {*method.trained, *method.averaged, *method.frozen}
     assert len(calls) == CALLS.get(variant, len({call[0] for call in calls}))
@@ -70,7 +70,7 @@ def test_stand_in_features_give_the_loss_of_the_backbones_they_came_from():
     @jax.jit
     def losses(state, images):
         rows = np.arange(16, dtype=np.int32)
-        views = step.views(state.step, {"image": images}, rows, None)
+        views = step.views(state.step, {"image": images}, rows)
         context = step.context(state, {"index": rows, "label": rows}, 0)
         with backbone_calls() as calls:
             loss, _ = step.loss(state.trained, state, rig.frozen, views, context)

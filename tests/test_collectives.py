@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import VARIANTS, Rig, tiny_config
+from conftest import Rig, config_of, tiny_config
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ssl_kd.collectives import exchanges, totals
 from ssl_kd.mesh import layout
-from ssl_kd.state import create_state
 
 DEVICES = 8
 
@@ -47,20 +46,19 @@ KEY = "all-gather f32[16,8]"  # embeddings
 ROWS = "all-gather s32[16]"
 SUM = "all-reduce f32[]"  # of a loss or a metric
 FINITE = "all-reduce pred[]"
-# A view that is shuffled, of the images before augmentation, and the order.
-IMAGES, SIZES, ORDER = "all-gather u8[16,12,12,3]", "all-gather s32[16,2]", ROWS
+SHUFFLED = ROWS  # numbers of images, which every device then finds in its own set
 PROTOTYPES, USE = "all-reduce f32[4,8]", "all-reduce f32[4]"
 
 CASES = {
     # The key is gathered twice: out of the shuffled order, and into the queue.
-    "moco_v2": Case(8, 1, {IMAGES: 1, SIZES: 1, ORDER: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
+    "moco_v2": Case(8, 1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
     "rekd-balanced": Case(
         8,
         1,
         {
-            **{IMAGES: 1, SIZES: 1, KEY: 4, FINITE: 2, PROTOTYPES: 2},
+            **{KEY: 4, FINITE: 2, PROTOTYPES: 2},
             WRITTEN: 5,  # key, teacher's key, label, prototype, whether filled
-            **{ROWS: 3, "all-gather f32[16]": 1},  # order, label, prototype, and how well it fits
+            **{ROWS: 3, "all-gather f32[16]": 1},  # shuffled, label, prototype, and how well it fits
             USE: 3 + 1,  # three turns of Sinkhorn; images of each prototype
             SUM: 6,  # a loss of each network, the largest score, three metrics
         },
@@ -70,18 +68,18 @@ CASES = {
         8,
         2,
         {
-            **{IMAGES: 1, SIZES: 1, WRITTEN: 1, FINITE: 1, KEY: 8, SUM: 13},
-            **{"all-gather f32[8,16]": 4, "all-gather f32[16]": 4, ORDER: 1},
+            **{WRITTEN: 1, FINITE: 1, KEY: 8, SUM: 13},
+            **{"all-gather f32[8,16]": 4, "all-gather f32[16]": 4, SHUFFLED: 1},
             **{"all-reduce f32[16,8]": 5, "all-reduce f32[16]": 2},
         },
     ),
     "seed": Case(2, 1, {KEY: 1, WRITTEN: 1, FINITE: 1, SUM: 1}),
-    "ressl": Case(2, 1, {IMAGES: 1, SIZES: 1, ORDER: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
+    "ressl": Case(2, 1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
     # Two queues, of features as wide as the networks.
     "compress": Case(2, 1, {"all-gather f32[16,32]": 1, "all-gather f32[16,16]": 1, WRITTEN: 2, FINITE: 2, SUM: 1}),
     "simreg": Case(2, 1, {SUM: 1}),
     # Mates are shuffled as well.
-    "bingo": Case(8, 3, {IMAGES: 2, SIZES: 2, ORDER: 1, KEY: 3, WRITTEN: 1, FINITE: 1, "all-reduce f32[2]": 3}),
+    "bingo": Case(8, 3, {SHUFFLED: 2, KEY: 3, WRITTEN: 1, FINITE: 1, "all-reduce f32[2]": 3}),
     "mokd": Case(
         1,
         2,
@@ -97,15 +95,13 @@ CASES = {
 @functools.cache
 def found_in_step(variant: str, sharding: str):
     """(shapes of a state, what the compiled step exchanges)."""
-    method, fields = VARIANTS[variant]
-    config = tiny_config(method, **fields)
+    config = config_of(variant)
     config.bn_groups, config.sharding = CASES[variant].groups, sharding
-    if method == "mokd":
+    if variant == "mokd":
         config.optim.groups.teacher.name = "sgd"  # the step that tests/test_sharding.py compiles as well
     rig = Rig(config, DEVICES)
-    shapes = jax.eval_shape(functools.partial(create_state, rig.recipe))
-    where = layout(shapes, rig.mesh, sharding)
-    state = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), shapes, where)
+    where = layout(rig.shapes, rig.mesh, sharding)
+    state = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), rig.shapes, where)
     return state, exchanges(rig.step.lower(state, rig.frozen, rig.batch(0), rig.data).compile().as_text())
 
 
@@ -145,6 +141,20 @@ def test_a_step_exchanges_gradients_statistics_and_rows_of_the_batch(variant):
     assert outside_networks(found) == CASES[variant].rest
     assert {e.kind for e in found} <= {"all-reduce", "all-gather"}
     assert all(e.times == 1 for e in found)
+
+
+def test_of_streamed_images_a_device_sends_the_shuffled_ones_that_others_want():
+    """One of its two, and the sizes of all, before augmentation."""
+    config = tiny_config("moco_v2")
+    config.bn_groups = DEVICES
+    rig = Rig(config, DEVICES)
+    images = jax.device_get(rig.data.image[np.arange(config.batch_size)])
+    batch = {**rig.batch(0), "image": images, "label": np.zeros(config.batch_size, np.int32)}
+    batch = jax.device_put(batch, NamedSharding(rig.mesh, PartitionSpec("data")))
+    found = exchanges(rig.step.lower(rig.create(), rig.frozen, batch, None).compile().as_text())
+    streamed = {"all-gather s32[16,2]": 1, "collective-permute u8[1,1,12,12,3]": 1}
+    expected = Counter(CASES["moco_v2"].rest) - Counter([SHUFFLED]) + Counter(streamed)
+    assert outside_networks(found) == expected
 
 
 def test_a_step_that_splits_its_state_gathers_every_split_array_once_besides():

@@ -21,6 +21,7 @@ from ssl_kd.errors import UserError
 from ssl_kd.replay.capture import find, pixels, reopen, replay, same
 from ssl_kd.replay.report import NOT_FINITE, drawn, reproduced, tell, write
 from ssl_kd.replay.witness import Witness
+from ssl_kd.shuffle import order_of
 from ssl_kd.train import fit
 from ssl_kd.workdir import read_json
 
@@ -150,9 +151,9 @@ def test_a_capture_outlives_the_checkpoints_of_the_run(copy):
 class Spoilt(Witness):
     """Sees NaN in two images of the batch: in view 'query' of one, in 'key', whose rows are shuffled, of the other."""
 
-    def views(self, step, batch, row, order):
-        views = super().views(step, batch, row, order)
-        for name, spoilt in (("query", row == 5), ("key", order == 7)):
+    def views(self, step, batch, row, hands=None, data=None):
+        views = super().views(step, batch, row, hands, data)
+        for name, spoilt in (("query", row == 5), ("key", order_of(hands) == 7)):
             views[name] = jnp.where(spoilt[:, None, None, None], jnp.nan, views[name])
         return views
 

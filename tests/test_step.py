@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import closing
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config, worst
 
 from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.images import Images
-from ssl_kd.state import abstract
+from ssl_kd.state import abstract, create_state
 from ssl_kd.step import TrainStep
 
 every_method = pytest.mark.parametrize("variant", VARIANTS, scope="module")  # its tests follow each other
@@ -77,7 +78,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(variant, tmp_path):
     with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
-        restored = checkpoints.restore(abstract(rig.create, rig.replicated))
+        restored = checkpoints.restore(abstract(partial(create_state, rig.recipe), rig.replicated))
     last, _ = rig.run(2, restored)
     assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(last), three_steps(variant)[1]))
 

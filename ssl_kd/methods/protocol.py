@@ -21,8 +21,8 @@ class View:
 
     Attributes:
       preset: a name of `augment.PRESETS`, or 'default' for the recipe's `config.augment`.
-      shuffled: made from the batch in a random row order, so that batch-norm groups of the key differ from the
-        query's (MoCo's shuffled BN); restore embeddings with `Context.unshuffle`.
+      shuffled: made from the batch with its rows dealt to other batch-norm groups than the query's (MoCo's shuffled
+        BN, as in `shuffle.py`); restore embeddings with `Context.unshuffle`.
       source: the image itself, or its mate: one of the `neighbours` (a field of the method) nearest to it in the frozen
         teacher's features, another one in every step.
       size: side S, pixels; 0 = the recipe's image_size.

@@ -130,7 +130,7 @@ def tiles_of(run: Run, step: int, images: list[Mapping[str, Any]]) -> list[tuple
     if run.bag_size:
         batch["mate"] = run.train[np.array([image["mate"] for image in images], np.int32)]
     place = np.array([image["place"] for image in images], np.int32)
-    make = jax.jit(lambda batch, place: TrainStep(run.recipe, run.mesh).views(jnp.int32(step), batch, place, None))
+    make = jax.jit(lambda batch, place: TrainStep(run.recipe, run.mesh).views(jnp.int32(step), batch, place))
     tiles = [("image", batch["image"].pixels / 255)]
     made = jax.device_get(make(batch, place))
     for name in run.recipe.method.views:
