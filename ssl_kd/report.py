@@ -40,9 +40,9 @@ def estimate(run: Run) -> None:
     console.print(networks)
 
     batch, data = run.abstract_inputs()
-    compiled = run.train_step().lower(state, run.frozen(), batch, data).compile()
-    memory = compiled.memory_analysis()
-    flops = flops_of(run.train_step().trace(state, run.frozen(), batch, data).jaxpr)
+    traced = run.train_step().trace(state, run.frozen(), batch, data)
+    memory = traced.lower().compile().memory_analysis()
+    flops = flops_of(traced.jaxpr)
     rate = run.mesh.size * matmul_rate(jnp.dtype(c.compute_dtype))
     seconds = r.total_steps * flops / (rate * ASSUMED_UTILISATION)
     height, width = run.train.canvas

@@ -31,7 +31,7 @@ from ssl_kd.data.sources import Source
 from ssl_kd.images import Images
 from ssl_kd.mesh import layout
 from ssl_kd.methods import METHODS
-from ssl_kd.models import MODELS, init_network
+from ssl_kd.models import MODELS, NetworkSpec, init_network
 from ssl_kd.models.heads import THead
 from ssl_kd.models.resnet import ResNet
 from ssl_kd.models.vit import ViT
@@ -47,6 +47,16 @@ MODELS["tiny"] = functools.partial(ResNet, stage_sizes=(1, 1), block="basic")
 MODELS["tiny_bottleneck"] = functools.partial(ResNet, stage_sizes=(1,), block="bottleneck")
 models.THead = functools.partial(THead, depth=1)  # three blocks would take three times as long to compile
 MODELS["tiny_vit"] = functools.partial(ViT, embed_dim=16, depth=1, heads=2)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests that look at one variant's compiled step follow each other, and so are one worker's."""
+
+    def place(item):
+        shares = hasattr(item.module, "rig_of") or hasattr(item.module, "config_of")
+        return shares, item.callspec.params.get("variant", "") if shares and hasattr(item, "callspec") else ""
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +90,10 @@ def tiny_config(method: str, **method_fields):
         c.teacher = base.network("tiny_vit", stem="small", head="dino", head_hidden=16, dim=24, thead=16, drop_path=0.1)
         c.student.update(head="dino", head_hidden=16, dim=24, thead=16)
         c.optim.clip = 0.1  # its sharp softmaxes have steep gradients
-        c.optim.groups.teacher = base.optimizer("adamw", paths=("teacher",), lr=0.05, final_weight_decay=0.4, clip=0.1)
+        c.optim.groups.teacher = base.optimizer("sgd", paths=("teacher",), lr=0.05, final_weight_decay=0.4, clip=0.1)
         if fields.get("teacher") == "none":
             c.student.thead = 0
+            c.optim.update(name="adamw", lr=0.05)
             del c.teacher, c.optim.groups.teacher
     c.augment = base.augmentation("weak")
     c.optim.lr = 0.5
@@ -119,6 +130,12 @@ def source_of(images, labels=None, classes: int | None = None) -> Source:
     return Source(ArrayReader(images, labels, classes), rows, max(images.shape), images.shape[1:3], quarantine)
 
 
+@functools.cache
+def drawn_network(spec: NetworkSpec, seed: int, side: int):
+    """A network's variables by its own initialisers, compiled: hundreds of small operations otherwise."""
+    return jax.jit(functools.partial(init_network, spec, image_size=side))(jax.random.key(seed))
+
+
 class Rig:
     """A tiny experiment without files: recipe, mesh over some of the devices, data, and steps."""
 
@@ -136,7 +153,7 @@ class Rig:
         mated = any(view.source == "mate" for view in r.method.views.values())
         bag = rng.integers(0, images, (images, 2)).astype(np.int32) if mated else None
         self.data = self.put(Resident(Images.whole(pixels), label, bag))
-        frozen = {n: init_network(r.specs[n], jax.random.key(9), side) for n in r.method.frozen}
+        frozen = {n: drawn_network(r.specs[n], 9, side) for n in r.method.frozen}
         self.frozen = jax.device_put(frozen, layout(frozen, self.mesh, r.sharding))
         self.step = TrainStep(r, self.mesh).jit()
         self.shapes = jax.eval_shape(functools.partial(create_state, r))

@@ -101,12 +101,15 @@ def test_parts_add_up_to_the_operations_of_the_step(variant, accum, devices):
     assert sum(part.flops() for part in parts.values() if part.counted) == whole
 
 
-def test_figures_of_a_streamed_run(tmp_path):
+def test_figures_of_a_streamed_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_kd.bench.ROUNDS", 1)
+    monkeypatch.setattr("ssl_kd.bench.HOST_SECONDS", 0.3)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the tests that follow live on them
     config = tiny_config("moco_v2")
     config.update_from_flattened_dict({"data.train": "train[:96]", "data.test": "test[:40]", "data.resident": "off"})
     config.image_size = 28
     run = runs.prepared(config, tmp_path)
-    figures = json.loads(json.dumps(bench(run, budget=0.5), allow_nan=False))
+    figures = json.loads(json.dumps(bench(run, budget=0.1), allow_nan=False))
     counted = {name for name, part in figures["parts"].items() if part["counted"]}
     assert counted == {
         "augmentation",

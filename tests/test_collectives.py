@@ -97,8 +97,6 @@ def found_in_step(variant: str, sharding: str):
     """(shapes of a state, what the compiled step exchanges)."""
     config = config_of(variant)
     config.bn_groups, config.sharding = CASES[variant].groups, sharding
-    if variant == "mokd":
-        config.optim.groups.teacher.name = "sgd"  # the step that tests/test_sharding.py compiles as well
     rig = Rig(config, DEVICES)
     where = layout(rig.shapes, rig.mesh, sharding)
     state = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), rig.shapes, where)

@@ -60,12 +60,16 @@ def run(method, memory, raw, networks):
     context = Context(step=0, epoch=0.0, progress=0.0, key=None, index=rows, label=rows)
     views = {name: name for name in method.views}
 
-    def loss(raw):
+    def loss(raw, memory):
         value, aux = method.loss(types.SimpleNamespace(**networks(raw)), views, memory, context)
         return value, (aux.push, aux.metrics)
 
-    (value, (push, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(raw)
-    return value, metrics, grads, method.update(memory, push, context)
+    @jax.jit  # hundreds of small operations otherwise
+    def step(raw, memory):
+        (value, (push, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(raw, memory)
+        return value, metrics, grads, method.update(memory, push, context)
+
+    return step(raw, memory)
 
 
 def queue_of(check, name, row):
@@ -106,7 +110,7 @@ def test_disco(golden, exact, contrast):
 def test_relations_of_disco(golden, exact, term, name):
     with jax.enable_x64(exact):
         check = Check(golden("disco_rkd"), exact)
-        value, grad = jax.value_and_grad(term)(check.array("in_student"), check.array("in_teacher"))
+        value, grad = jax.jit(jax.value_and_grad(term))(check.array("in_student"), check.array("in_teacher"))
         check.equal(value, f"out_loss_{name}")
         check.equal(grad, f"grad_student_{name}")
 

@@ -44,15 +44,20 @@ def test_same_padding_is_tensorflows(size, kernel, stride, groups):
     """XLA's 'SAME' is defined by TensorFlow's rule."""
     x = normal((2, *size, 4))
     params = {"kernel": normal((kernel, kernel, 4 // groups, 4), seed=1)}
-    want = jax.lax.conv_general_dilated(
-        x,
-        params["kernel"],
-        (stride, stride),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-    got = Conv(4, kernel, stride, padding="SAME", groups=groups).apply({"params": params}, x)
+
+    @jax.jit
+    def both(x):
+        want = jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        return want, Conv(4, kernel, stride, padding="SAME", groups=groups).apply({"params": params}, x)
+
+    want, got = both(x)
     assert got.shape[1:3] == tuple(-(-n // stride) for n in size)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

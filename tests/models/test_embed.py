@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from conftest import drawn_network
 from PIL import Image
 
 from ssl_kd.images import Images
-from ssl_kd.models import NetworkSpec, init_network
+from ssl_kd.models import NetworkSpec
 from ssl_kd.models.embed import batch_calibrated, pooled_features, preprocess
 
 RNG = np.random.default_rng(0)
@@ -62,7 +63,7 @@ def test_a_larger_or_smaller_centre_is_resized_as_by_pillow_and_never_squashed(
 def test_calibrated_statistics_are_those_of_the_batch():
     """The first batch-norm sees what the first convolution gives: its statistics can be taken by hand."""
     spec = NetworkSpec("tiny", width=0.125, stem="small_s2", dim=4, bn_groups=2)
-    variables = init_network(spec, jax.random.key(0), 12)
+    variables = drawn_network(spec, 0, 12)
     images = Images.whole(RNG.integers(0, 256, (32, 12, 12, 3), np.uint8))
     stats = batch_calibrated(spec, variables, images, 12)["batch_stats"]["backbone"]["bn1"]
     x = (images.pixels / 255 - np.array((0.485, 0.456, 0.406))) / np.array((0.229, 0.224, 0.225))
@@ -80,7 +81,7 @@ def test_calibrated_statistics_are_those_of_the_batch():
 
 def test_a_feature_does_not_depend_on_the_images_beside_it():
     spec = NetworkSpec("tiny", width=0.125, stem="small_s2", dim=4)
-    variables = init_network(spec, jax.random.key(0), 12)
+    variables = drawn_network(spec, 0, 12)
     apply = pooled_features(spec, 12)
     images = Images.whole(RNG.integers(0, 256, (5, 12, 12, 3), np.uint8))
     np.testing.assert_allclose(apply(variables, images)[3:4], apply(variables, images[3:4]), rtol=1e-4, atol=1e-6)
