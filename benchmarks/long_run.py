@@ -3,6 +3,7 @@
 python benchmarks/long_run.py --json=benchmarks/long_run.json [--steps=10000]
 """
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -28,11 +29,39 @@ LOGGED = 100
 """Steps between two lines of metrics.jsonl."""
 
 
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+def allocated() -> int:
+    """Bytes that malloc has handed out: resident memory without what is free between them."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallocInfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
 @dataclasses.dataclass
 class Sampler:
-    """This process's resident memory, ten times a second."""
+    """This process's memory, resident and allocated, ten times a second."""
 
-    seen: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    seen: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def __enter__(self) -> "Sampler":
@@ -47,11 +76,13 @@ class Sampler:
     def watch(self) -> None:
         while not self.stop.wait(0.1):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.seen.append((time.monotonic(), pages * 4096))
+            self.seen.append((time.monotonic(), pages * 4096, allocated()))
 
-    def mebibytes(self, start: float, stop: float) -> float:
-        """Median between two times."""
-        return statistics.median(size for when, size in self.seen if start <= when <= stop) / 2**20
+    def mebibytes(self, start: float, stop: float) -> dict[str, float]:
+        """Medians between two times."""
+        _, *sizes = zip(*(seen for seen in self.seen if start <= seen[0] <= stop), strict=True)
+        names = ("mebibytes_resident", "mebibytes_allocated")
+        return {name: round(statistics.median(size) / 2**20, 1) for name, size in zip(names, sizes, strict=True)}
 
 
 def config(steps: int) -> Any:
@@ -78,10 +109,10 @@ def compared(lines: Sequence[dict[str, float]], sampler: Sampler, began: float) 
         figures[name] = {
             "steps": [int(part[0][0]["step"]), int(part[-1][1]["step"])],
             "ms_a_step": round(statistics.median(paces), 3),
-            "mebibytes": round(sampler.mebibytes(start, stop), 1),
+            **sampler.mebibytes(start, stop),
         }
     first, *_, last = figures.values()
-    growth = {key: round(last[key] / first[key], 4) for key in ("ms_a_step", "mebibytes")}
+    growth = {key: round(last[key] / first[key], 4) for key in first if key != "steps"}
     return {**figures, "last over first": growth}
 
 

@@ -1,11 +1,12 @@
 """fit(): the loop, in a stated order."""
 
+import contextlib
+import ctypes
 import math
 import signal
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any, NoReturn
 
 import jax
@@ -41,7 +42,7 @@ def fit(run: Run) -> dict[str, Any]:
     config, total = run.config, run.recipe.total_steps
     record_path, results_path = run.workdir / "run.json", run.workdir / "results.json"
     record, finished = read_json(record_path), read_json(results_path)
-    with closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
+    with contextlib.closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
         if checkpoints.latest is not None or finished is not None:
             check_same_run(record, run.record, run.workdir)
         if finished is not None:
@@ -58,7 +59,7 @@ def fit(run: Run) -> dict[str, Any]:
             if (skipped := int(state.nonfinite)) > config.max_nonfinite:
                 raise UserError(f"this run has skipped {skipped} steps: allow that, --config.max_nonfinite={skipped}.")
         start, judge = int(state.step), Judge(run)
-        with closing(Metrics(run.workdir, start)) as metrics:
+        with contextlib.closing(Metrics(run.workdir, start)) as metrics:
             if start < total:
                 loader = run.loader(run.bags(), run.cache())
                 with Interruption() as interruption:
@@ -97,6 +98,8 @@ def loop(
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if values["nonfinite"] > c.max_nonfinite:
             diverged(run, loader, state, values, checkpoints)
+        if math.isnan(began):
+            return_memory()
         now = time.monotonic() - paused
         began = now if math.isnan(began) else began  # the first step's compilation is no speed
         speed = (step - start - 1) * c.batch_size / (now - began) if now > began else math.nan
@@ -105,7 +108,7 @@ def loop(
         if step % c.log_every == 0 or step == total:
             metrics.write(step, {"epoch": step / per_epoch, **values, "images_per_second": speed})
 
-    with Bar(total, start) as bar, closing(loader.batches(start, total)) as batches:
+    with Bar(total, start) as bar, contextlib.closing(loader.batches(start, total)) as batches:
         for step, batch in enumerate(batches, start + 1):
             state, values = train_step(state, frozen, batch, loader.data)
             flying.append((step, values))
@@ -129,6 +132,12 @@ def loop(
                 probed = headline(found)
                 paused += time.monotonic() - pause
     return state
+
+
+def return_memory() -> None:
+    """Gives the system what was freed. glibc keeps it, and compiling a step takes more memory than training needs."""
+    with contextlib.suppress(AttributeError, TypeError):  # other systems' libraries cannot
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def diverged(

@@ -120,6 +120,19 @@ def test_a_second_ctrl_c_stops_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_that_was_freed_goes_back_to_the_system():
+    def resident():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    small = [bytes(1000) for _ in range(300_000)]
+    last = small[-1]  # keeps the heap from shrinking by itself
+    small.clear()
+    before = resident()
+    train.return_memory()
+    assert resident() < before - (200 << 20) and len(last) == 1000
+
+
 def test_a_finished_run_is_left_alone(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     results = fit(prepared(runs.config(), finished))
