@@ -32,4 +32,8 @@ def get_config(preset: str = ""):
     vit = {"lr": 3e-4, "final_lr": 1e-5, "weight_decay": 0.04, "final_weight_decay": 0.4, "last_layer_epochs": 1.0}
     c.optim.groups.teacher = base.optimizer("adamw", paths=("teacher",), decay="weights", **vit, **warmup)
     c.optim.groups.thead = base.optimizer("sgd", paths=("student/thead", "student/reduce"), **vit, **warmup)
+    if preset != "imagenet":
+        # SGD at a ViT's rate leaves the T-Head as it was drawn for some thousand steps, in which the backbone can only
+        # answer its large logits by making all features alike.
+        c.optim.groups.thead.update(lr=0.1, final_lr=1e-3)
     return c
