@@ -43,7 +43,7 @@ gc.set_threshold(200_000, 50, 1000)  # tracing makes so many objects that collec
 
 GOLDEN = Path(__file__).parent / "golden"
 
-MODELS["tiny"] = functools.partial(ResNet, stage_sizes=(1, 1), block="basic")
+MODELS["tiny"] = functools.partial(ResNet, stage_sizes=(1,), block="basic")
 MODELS["tiny_bottleneck"] = functools.partial(ResNet, stage_sizes=(1,), block="bottleneck")
 models.THead = functools.partial(THead, depth=1)  # three blocks would take three times as long to compile
 MODELS["tiny_vit"] = functools.partial(ViT, embed_dim=16, depth=1, heads=2)
@@ -77,7 +77,7 @@ def tiny_config(method: str, **method_fields):
     c = base.get_config()
     c.name = "tiny"
     c.batch_size, c.epochs, c.image_size = 16, 2.0, 12
-    c.student = base.network("tiny", width=0.125, stem="small_s2", dim=8)
+    c.student = base.network("tiny", width=0.25, stem="small_s2", dim=8)
     c.teacher = base.network("tiny_bottleneck", width=0.125, stem="small_s2", dim=8)
     fields = {name: value for name, value in TINY.items() if name in METHODS[method].__dataclass_fields__}
     fields = {**fields, **SPECIAL.get(method, {}), **method_fields}

@@ -90,7 +90,7 @@ BAD = [
     ({"batch_size": 128, "method.queue": 400}, "larger than the training set of 64"),
     ({"optim.accum": 3}, "not divisible by optim.accum=3"),
     ({"bn_groups": 3}, "bn_groups=3"),
-    ({"image_size": 2}, "image_size=2 is smaller than"),
+    ({"image_size": 1}, "image_size=1 is smaller than"),
     ({"epochs": 0.0}, "epochs"),
     ({"optim.name": "adam"}, "optim.name='adam'"),
     ({"optim.decay": "none"}, "optim.decay='none'"),

@@ -175,7 +175,9 @@ def test_a_step_after_a_checkpoint_is_replayed_too_and_spoilt_images_are_named(c
     assert [(image["place"], image["views_not_finite"]) for image in spoilt] == [(5, ["query"]), (7, ["key"])]
     order = epoch_order(0, 0, 96)
     assert [image["index"] for image in spoilt] == [order[5], order[7]]
-    assert report["outputs"][0]["name"] == "student/backbone/conv1" and report["outputs"][0]["nonfinite"] == 14 * 14 * 8
+    assert (
+        report["outputs"][0]["name"] == "student/backbone/conv1" and report["outputs"][0]["nonfinite"] == 14 * 14 * 16
+    )
     assert report["witnessed"]["loss"] == "nan"
     tell(found, report)
     said = capsys.readouterr().out
