@@ -166,11 +166,14 @@ def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str
     for GPUs adds first (its pass all-reduce-reassociate).
     """
     compute = counted["flops"] / COUNTED_ON / (machine.flops * machine.utilisation)
-    parts = {"latency": counted["collectives"] * machine.latency[devices]}
+    collectives, dealt = counted["collectives"], min(devices, IMAGES)
+    if "images" in counted["exchanged"]:  # to each of the others an exchange of its own
+        collectives += dealt - COUNTED_ON
+    parts = {"latency": collectives * machine.latency[devices]}
     for purpose, kinds in counted["exchanged"].items():
         grown = devices / COUNTED_ON if purpose == "rows" else 1
         if purpose == "images":
-            grown = (1 - 1 / min(devices, IMAGES)) / (1 - 1 / COUNTED_ON)
+            grown = (1 - 1 / dealt) / (1 - 1 / COUNTED_ON)
         if purpose == "gradients":
             kinds = {"all-reduce": counted["trained"]}
         parts[purpose] = sum(seconds(machine, devices, kind, grown * size) for kind, size in kinds.items())
@@ -192,7 +195,8 @@ def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str
 def tables(figures: dict[str, Any]) -> str:
     """What is counted and what is predicted, as Markdown."""
     lines = [
-        "Counted, of a step of 256 images on 8 devices; MB of an array as every device has it in the end:",
+        "Counted, of a step of 256 images on 8 devices; MB of an array as every device has it in the end, of images as it "
+        "sends them:",
         "",
         "| recipe | TFLOP | collectives | parameters | gradients | batch norm | rows | images | rest |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -95,7 +95,7 @@ def exchanges(text: str) -> list[Exchange]:
 
     @functools.cache
     def of(computation: str) -> list[tuple[str, tuple[str, ...], list[Exchange]]]:
-        """Of every collective the computation that has it, what tells it from others there, what it exchanges."""
+        """Of every collective: the computation that has it, what it shares with its like, and what it exchanges."""
         here, all_found = computations[computation], []
         for name, instruction in here.items():
             if collective := _COLLECTIVE.search(instruction.partition(", metadata=")[0]):
