@@ -195,8 +195,8 @@ def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str
 def tables(figures: dict[str, Any]) -> str:
     """What is counted and what is predicted, as Markdown."""
     lines = [
-        "Counted, of a step of 256 images on 8 devices; MB of an array as every device has it in the end, of images as it "
-        "sends them:",
+        "Counted, of a step of 256 images on 8 devices; MB of an array as every device has it in the end, images as "
+        "it sends them:",
         "",
         "| recipe | TFLOP | collectives | parameters | gradients | batch norm | rows | images | rest |",
         "|---|---|---|---|---|---|---|---|---|",
