@@ -1,12 +1,12 @@
 """fit(): the loop, in a stated order."""
 
-import contextlib
 import ctypes
 import math
 import signal
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from typing import Any, NoReturn
 
 import jax
@@ -42,7 +42,7 @@ def fit(run: Run) -> dict[str, Any]:
     config, total = run.config, run.recipe.total_steps
     record_path, results_path = run.workdir / "run.json", run.workdir / "results.json"
     record, finished = read_json(record_path), read_json(results_path)
-    with contextlib.closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
+    with closing(Checkpoints(run.workdir, config.checkpoint.keep)) as checkpoints:
         if checkpoints.latest is not None or finished is not None:
             check_same_run(record, run.record, run.workdir)
         if finished is not None:
@@ -59,7 +59,7 @@ def fit(run: Run) -> dict[str, Any]:
             if (skipped := int(state.nonfinite)) > config.max_nonfinite:
                 raise UserError(f"this run has skipped {skipped} steps: allow that, --config.max_nonfinite={skipped}.")
         start, judge = int(state.step), Judge(run)
-        with contextlib.closing(Metrics(run.workdir, start)) as metrics:
+        with closing(Metrics(run.workdir, start)) as metrics:
             if start < total:
                 loader = run.loader(run.bags(), run.cache())
                 with Interruption() as interruption:
@@ -108,7 +108,7 @@ def loop(
         if step % c.log_every == 0 or step == total:
             metrics.write(step, {"epoch": step / per_epoch, **values, "images_per_second": speed})
 
-    with Bar(total, start) as bar, contextlib.closing(loader.batches(start, total)) as batches:
+    with Bar(total, start) as bar, closing(loader.batches(start, total)) as batches:
         for step, batch in enumerate(batches, start + 1):
             state, values = train_step(state, frozen, batch, loader.data)
             flying.append((step, values))
@@ -136,7 +136,7 @@ def loop(
 
 def return_memory() -> None:
     """Gives the system what was freed. glibc keeps it, and compiling a step takes more memory than training needs."""
-    with contextlib.suppress(AttributeError, TypeError):  # other systems' libraries cannot
+    with suppress(AttributeError, TypeError):  # other systems' libraries cannot
         ctypes.CDLL(None).malloc_trim(0)
 
 
