@@ -159,8 +159,8 @@ def seconds(machine: Machine, devices: int, kind: str, size: float) -> float:
 
 
 def predict(counted: dict[str, Any], machine: Machine, devices: int) -> dict[str, float]:
-    """Milliseconds of a step and what follows from them. Rows grow with the batch; of its images a device keeps
-    one in n, or one of all, when it deals them to others; the rest stays.
+    """Milliseconds of a step and what follows from them. Rows grow with the batch. Of its images a device keeps
+    its part, one in n or a single one, and sends the others: hardly more on more devices. The rest stays.
 
     A parameter's gradient is exchanged once, in float32: XLA's CPU compiler does it at every call of a network, that
     for GPUs adds first (its pass all-reduce-reassociate).
