@@ -33,7 +33,7 @@ def get_config(preset: str = ""):
     c.optim.groups.teacher = base.optimizer("adamw", paths=("teacher",), decay="weights", **vit, **warmup)
     c.optim.groups.thead = base.optimizer("sgd", paths=("student/thead", "student/reduce"), **vit, **warmup)
     if preset != "imagenet":
-        # At a ViT's rate under SGD the features collapsed in 600 steps on CIFAR-10: effective rank 4 for ResNet-18 alone,
-        # 2 beside ResNet-50; at this one 52 and 34. The pair with a ViT is not measured.
+        # At a ViT's rate under SGD the features collapsed in 600 steps on CIFAR-10: effective rank 4 for ResNet-18
+        # alone, 2 beside ResNet-50; at this one 52 and 34. The pair with a ViT is not measured.
         c.optim.groups.thead.update(lr=0.1, final_lr=1e-3)
     return c
