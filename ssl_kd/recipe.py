@@ -264,51 +264,16 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
     Raises:
       UserError: for the first impossible value or combination.
     """
-    positive(config, "batch_size", "epochs", "bn_groups", "log_every", "optim.accum", "checkpoint.every_epochs")
-    positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
-    not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
-    not_negative(config, "probe.min_feature_std", "probe.min_effective_rank")
-    if config.seed >= 2**63:
-        raise UserError(f"seed={config.seed} must be below 2**63.")
-    one_of("data.resident", config.data.resident, ("auto", "on", "off"))
-    one_of("sharding", config.sharding, typing.get_args(Sharding))
-    if not config.probe.knn or not all(isinstance(k, int) and k > 0 for k in config.probe.knn):
-        raise UserError(f"probe.knn={config.probe.knn} must name at least one k, whole numbers of 1 or more.")
+    check_run(config)
     method = make_method(config)
-    b = config.batch_size
-    micro, rest = divmod(b, config.optim.accum)
-    if rest:
-        raise UserError(f"batch_size={b} is not divisible by optim.accum={config.optim.accum}.")
-    if micro % config.bn_groups or micro // config.bn_groups < 2:
-        raise UserError(
-            f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
-            "more."
-        )
-    if 0 < method.queue < b:
-        raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
-    if images < b:
-        raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
-    if any(view.source == "mate" for view in method.views.values()):
-        require_neighbours(config.method.neighbours, images)
-    specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
-    for role, spec in specs.items() if config.method.name != "mokd" else ():
-        for key in ("thead", "drop_path"):
-            if role in method.trained and getattr(spec, key):
-                raise UserError(f"{role}.{key}={getattr(spec, key)} is for method.name='mokd' alone: set it to 0.")
-    for role in ("student", "teacher"):
-        if role not in method.frozen and config.get(role, {}).get("cache_views"):
-            raise UserError(f"{role}.cache_views={config[role].cache_views} is for a frozen teacher: set it to 0.")
-    specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
-    try:
-        jax.eval_shape(lambda: method.init(jax.random.key(0), specs))
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-    per_epoch = images // b
+    check_batch(config, method, images)
+    specs = network_specs(config, method)
+    per_epoch = images // config.batch_size
     total = max(1, round(config.epochs * per_epoch))
     keys = ("optim", *(f"optim.groups.{name}" for name in config.optim.groups))
     groups = [optimizer_group(config, key, per_epoch, total) for key in keys]
     try:
-        lists = {key: tuple(value) for key, value in config.augment.items() if isinstance(value, list)}  # as above
+        lists = {key: tuple(value) for key, value in config.augment.items() if isinstance(value, list)}  # of a run.json
         default = Augmentation(**{**config.augment, **lists})
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"augment: {error}; configs/base.py and ssl_kd/augment.py say what its keys hold.") from error
@@ -337,6 +302,57 @@ def make_recipe(config: ConfigDict, images: int) -> Recipe:
                 f"paths of optim.groups or optim: {error}; 'student/head' is a path, for example."
             ) from error
     return recipe
+
+
+def check_run(config: ConfigDict) -> None:
+    """Raises UserError for a value that no method and no data set could take."""
+    positive(config, "batch_size", "epochs", "bn_groups", "log_every", "optim.accum", "checkpoint.every_epochs")
+    positive(config, "checkpoint.keep", "probe.batch_size", "probe.knn_bank", "probe.train_images")
+    not_negative(config, "seed", "data.workers", "max_nonfinite", "probe.every_epochs")
+    not_negative(config, "probe.min_feature_std", "probe.min_effective_rank")
+    if config.seed >= 2**63:
+        raise UserError(f"seed={config.seed} must be below 2**63.")
+    one_of("data.resident", config.data.resident, ("auto", "on", "off"))
+    one_of("sharding", config.sharding, typing.get_args(Sharding))
+    if not config.probe.knn or not all(isinstance(k, int) and k > 0 for k in config.probe.knn):
+        raise UserError(f"probe.knn={config.probe.knn} must name at least one k, whole numbers of 1 or more.")
+
+
+def check_batch(config: ConfigDict, method: Method, images: int) -> None:
+    """Raises UserError for a batch that does not split, or that the memory or the set of `images` is too small for."""
+    b = config.batch_size
+    micro, rest = divmod(b, config.optim.accum)
+    if rest:
+        raise UserError(f"batch_size={b} is not divisible by optim.accum={config.optim.accum}.")
+    if micro % config.bn_groups or micro // config.bn_groups < 2:
+        raise UserError(
+            f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
+            "more."
+        )
+    if 0 < method.queue < b:
+        raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")
+    if images < b:
+        raise UserError(f"batch_size={b} is larger than the training set of {images} images: lower it.")
+    if any(view.source == "mate" for view in method.views.values()):
+        require_neighbours(config.method.neighbours, images)
+
+
+def network_specs(config: ConfigDict, method: Method) -> dict[str, NetworkSpec]:
+    """Every network that the method names. Raises UserError where they do not fit the method or each other."""
+    specs = {name: network_spec(config, name) for name in (*method.trained, *method.frozen)}
+    for role, spec in specs.items() if config.method.name != "mokd" else ():
+        for key in ("thead", "drop_path"):
+            if role in method.trained and getattr(spec, key):
+                raise UserError(f"{role}.{key}={getattr(spec, key)} is for method.name='mokd' alone: set it to 0.")
+    for role in ("student", "teacher"):
+        if role not in method.frozen and config.get(role, {}).get("cache_views"):
+            raise UserError(f"{role}.cache_views={config[role].cache_views} is for a frozen teacher: set it to 0.")
+    specs |= {name: specs[source] for name, (source, _) in method.averaged.items()}
+    try:
+        jax.eval_shape(lambda: method.init(jax.random.key(0), specs))
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    return specs
 
 
 def check_views(recipe: Recipe) -> None:
