@@ -23,8 +23,7 @@ def get_config(preset: str = ""):
         c.student.update(name="resnet18", stem="small_s2", **small)
         c.teacher.update(name="vit_tiny", width=1 / 3, stem="small", **small)
         c.method.update(local_crops=4, local_size=16, augmentation="default", momentum=0.99)
-        # A term grows only where crops foretell each other's outputs by more than the ratio of the temperatures. With
-        # the paper's crops, as small as 5 % of a small image, and .04 ResNet-18's loss came to rest at its worst.
+        # With the paper's, the loss rests at its worst for 600 steps: "MOKD in small", benchmarks/README.md.
         c.method.update(global_scale=(0.4, 1.0), local_scale=(0.15, 0.5))
         c.method.update(first_teacher_temperature=0.02, teacher_temperature=0.02)
         c.epochs = min(c.epochs, 4.0)
@@ -36,7 +35,6 @@ def get_config(preset: str = ""):
     c.optim.groups.teacher = base.optimizer("adamw", paths=("teacher",), decay="weights", **vit, **warmup)
     c.optim.groups.thead = base.optimizer("sgd", paths=("student/thead", "student/reduce"), **vit, **warmup)
     if preset != "imagenet":
-        # At a ViT's rate under SGD the features collapsed in 600 steps on CIFAR-10: effective rank 4 for ResNet-18
-        # alone, 2 beside ResNet-50; at this one 52 and 34. The pair with a ViT is not measured.
+        # At a ViT's rate under SGD the features collapse (there too). The pair with a ViT is not measured.
         c.optim.groups.thead.update(lr=0.1, final_lr=1e-3)
     return c
