@@ -123,7 +123,8 @@ def survive(
         return sign.stat().st_mtime_ns if sign is not None and sign.exists() else 0
 
     while True:
-        before, hurt = written(), None
+        before = written()
+        hurt: dict[str, Any] | None = None
         with together(line, processes, log, env or {}) as running:
             if len(done) < kills:
                 while sign is not None and written() == before and not over(running, 0.0):
@@ -159,7 +160,7 @@ def main(line: list[str]) -> None:
     command.write_figures(JSON.value, {})
     line = line or list(RUN)
     with tempfile.TemporaryDirectory() as directory:
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, kills in {"left alone": 0, "hurt": KILLS.value}.items():
             workdir, log = Path(directory) / name, Path(directory) / f"{name}.log"
             began = time.monotonic()

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +28,7 @@ LITE0 = ["--config.teacher.source={file}", "--config.teacher.name=tf_efficientne
 AS_WIDE = "--config.student.dim=0"  # the student's embedding has the teacher's width
 ALONE = ["--config.method.teacher=none", "--config.optim.groups.thead.paths=('student/thead','student/reduce')"]
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, dict[str, Any]] = {
     "embedded": {
         "preset": "",
         "seeds": 3,

@@ -13,7 +13,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
@@ -164,7 +164,8 @@ def network_sides(name: str, size: int, batch: int) -> dict[str, Callable]:
 
 def cpu_seconds(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
     """Of one call of each side, the least of the rounds, in which they take turns of 50 ms or one call."""
-    fastest, calls = {}, {}
+    fastest: dict[str, float] = {}
+    calls: dict[str, int] = {}
     for name, side in sides.items():
         side()
         began = time.process_time()
@@ -184,7 +185,7 @@ def line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return line(*head) + line(*["---"] * 2, *["---:"] * (len(head) - 2)) + "".join(line(*row) for row in rows) + "\n"
 
 

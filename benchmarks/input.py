@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def photograph(width: int, height: int, rng: np.random.Generator) -> Image.Image
     """Smooth fields of several scales and some grain: compresses to what cameras' pictures of this size take."""
     canvas = np.zeros((height, width, 3), np.float32)
     for scale, weight in ((125, 0.8), (25, 0.4), (6, 0.24), (2, 0.16)):
-        field = rng.integers(-128, 128, (height // scale, width // scale, 3)) + 128
-        field = Image.fromarray(field.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+        coarse = rng.integers(-128, 128, (height // scale, width // scale, 3)) + 128
+        field = Image.fromarray(coarse.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
         canvas += weight * (np.asarray(field, np.float32) - 128)
     return Image.fromarray((canvas + 128).clip(0, 255).astype(np.uint8))
 
@@ -130,15 +131,16 @@ def theirs(folder: Path) -> Iterator[dict[str, Callable[[float], float]]]:
     script = Path(__file__).with_name("torch_input.py")
     words = [sys.executable, str(script), str(folder / "train"), str(PEER_BATCH)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin and stdout
 
         def ask(pipeline: str, budget: float) -> float:
-            process.stdin.write(json.dumps([pipeline, budget]) + "\n")
-            process.stdin.flush()
-            return float(process.stdout.readline() or sys.exit(1))
+            stdin.write(json.dumps([pipeline, budget]) + "\n")
+            stdin.flush()
+            return float(stdout.readline() or sys.exit(1))
 
-        yield {name: lambda budget, name=name: ask(name, budget) for name in ("two views", "one centre crop")}
-        process.stdin.close()
+        yield {name: partial(ask, name) for name in ("two views", "one centre crop")}
+        stdin.close()
 
 
 def delivered(folder: Path) -> dict[str, Any]:

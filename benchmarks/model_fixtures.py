@@ -23,7 +23,7 @@ SAMPLES = 46
 
 def noise(name: str, count: int) -> np.ndarray:
     """`count` numbers in [−1, 1) that look independent and uniform: a hash of name and index (MurmurHash3's finish)."""
-    x = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    x: np.ndarray = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1)
     x += np.uint32(zlib.crc32(name.encode()))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
@@ -215,7 +215,7 @@ def compute(name: str) -> dict[str, Any]:
     return {**fixture, "norms": np.array(norms, "U"), "moved": np.array(moved)}
 
 
-def positions() -> dict[str, np.ndarray]:
+def positions() -> dict[str, Any]:
     """A 5 × 5 grid of embeddings for 3 × 7 patches, as DINOv2's code samples it without and with registers."""
     import torch
     from torch.nn.functional import interpolate

@@ -51,7 +51,7 @@ class NetworksAlone(MOKD):
 
 def main() -> None:
     run = prepare(CONFIG.value, Path("unused"))
-    if not isinstance(run.recipe.method, MOKD) or run.recipe.accum > 1 or run.recipe.shuffle_keys:
+    if not isinstance(run.recipe.method, MOKD) or run.recipe.accum > 1 or run.recipe.shuffled_groups > 1:
         raise UserError("this is for method.name='mokd': choose such a recipe, with optim.accum=1 and bn_groups=1.")
     command.write_figures(JSON.value, {})
     c = run.config
@@ -60,7 +60,7 @@ def main() -> None:
     rows = jnp.arange(c.batch_size, dtype=jnp.int32)
     batch = step.shard({"index": rows, "label": jnp.zeros_like(rows)})
     images, _ = arrays(run.train.take(np.arange(c.batch_size)))
-    views = jax.jit(lambda images: step.views(0, {"image": images}, rows))(step.shard(images))
+    views = jax.jit(lambda images: step.views(jnp.int32(0), {"image": images}, rows))(step.shard(images))
     state = run.create_now()
 
     def networks_alone(state, views):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -88,12 +89,14 @@ class Peer:
         self.process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.about = self.ask(json.dumps(sizes))
 
     def ask(self, line: str):
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        self.stdin.write(line + "\n")
+        self.stdin.flush()
+        answer = self.stdout.readline()
         if not answer:
             raise UserError("the PyTorch step failed, as said above: pip install -r benchmarks/requirements-peer.txt.")
         return json.loads(answer)
@@ -102,7 +105,7 @@ class Peer:
         return self.ask(str(budget))
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.stdin.close()
         self.process.wait()
 
 
@@ -111,7 +114,7 @@ def work(run: Run) -> dict[str, Any]:
     step, rows = TrainStep(run.recipe, run.mesh), np.arange(run.config.batch_size, dtype=np.int32)
     state, frozen = jax.eval_shape(run.create), run.frozen()
     images = Images.whole(np.zeros((len(rows), *run.train.canvas, 3), np.uint8))
-    views = jax.eval_shape(lambda images: step.views(0, {"image": images}, rows), images)
+    views = jax.eval_shape(lambda images: step.views(jnp.int32(0), {"image": images}, jnp.asarray(rows)), images)
 
     def learn(state, frozen, views):
         context = step.context(state, {"index": rows, "label": rows}, 0)

@@ -8,6 +8,7 @@ outcome in weight_round_trip.json, and what the names and shapes were in tests/g
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -64,7 +65,8 @@ def round_trip(model: str, program: str, theirs: str, build, folder: Path) -> di
 
 
 def main() -> None:
-    results, names = {}, {}
+    results: dict[str, dict[str, Any]] = {}
+    names: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for program, (models, build) in PROGRAMS.items():
             for model, theirs in models.items():

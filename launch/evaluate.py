@@ -37,7 +37,7 @@ def main() -> None:
     network = command.network_source(WORKDIR.value, WEIGHTS.value)
     command.write_figures(JSON.value, {})
     found = load_source(network, MODEL.value, NETWORK.value, STEP.value)
-    config, title = config_of(found), WORKDIR.value or WEIGHTS.value
+    config, title = config_of(found), network.removeprefix("workdir:")
     data = {"source": SOURCE.value, "train": TRAIN.value, "test": TEST.value}
     if LAYERS.value:
         results = probe_layers(found, config, **data, epochs=EPOCHS.value)

@@ -9,6 +9,8 @@ SOURCE is file:PATH or hf:OWNER/REPOSITORY/FILE, with #KEY behind it to choose o
 one's own needs no conversion: teacher.source=workdir:PATH.
 """
 
+from collections.abc import Callable
+
 from absl import flags
 
 from ssl_kd import command
@@ -18,7 +20,7 @@ from ssl_kd.weights import commands
 MODEL = flags.DEFINE_string("model", "", "Key of MODELS, where the weights fit several.")
 LICENCE = flags.DEFINE_string("licence", "", "Terms of the weights, as 'Apache-2.0'; recorded in the converted file.")
 
-VERBS = {
+VERBS: dict[str, tuple[int, Callable[..., None]]] = {
     "list": (0, commands.show_models),
     "inspect": (1, lambda source: commands.inspect(source, MODEL.value)),
     "convert": (2, lambda source, out: commands.convert(source, out, MODEL.value, LICENCE.value)),
