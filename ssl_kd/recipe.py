@@ -142,9 +142,6 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         raise UserError(f"{role}.crop_fraction={crop_fraction} must be above 0 and at most 1, the whole image.")
     if not 0 <= c.drop_path < 1:
         raise UserError(f"{role}.drop_path={c.drop_path} must be a probability below 1.")
-    heads = max(1, c.thead // 64)
-    if c.thead % heads:
-        raise UserError(f"{role}.thead={c.thead} does not split into {heads} attention heads: use a multiple of 64.")
     image_size = c.resize or config.image_size
     stem = ("small" if image_size <= SMALL_IMAGE else "imagenet") if c.stem == "auto" else c.stem
     spec = NetworkSpec(
@@ -165,6 +162,10 @@ def network_spec(config: ConfigDict, role: str) -> NetworkSpec:
         remat=config.remat,
         dtype=jnp.dtype(config.compute_dtype),
     )
+    if spec.thead % spec.thead_heads:
+        raise UserError(
+            f"{role}.thead={c.thead} does not split into {spec.thead_heads} attention heads: use a multiple of 64."
+        )
     backbone = dataclasses.replace(spec, drop_path=0.0).backbone()  # not every backbone takes a drop_path
     if c.drop_path and not backbone.stochastic_depth:
         raise UserError(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from ssl_kd.checkpoint import Checkpoints
+from ssl_kd.checkpoint import Checkpoints, array_digest
 from ssl_kd.data.bags import load_or_mine
 from ssl_kd.data.cache import FEATURE_DTYPE, FeatureCache
 from ssl_kd.data.loader import Loader
@@ -34,6 +34,9 @@ from ssl_kd.step import TrainStep
 from ssl_kd.trained import BACKBONE, ENTRY, FROM_WORKDIR, HEAD, TrainedNetwork, at_image_size, load_source
 from ssl_kd.weights.files import FROM_FILE, FROM_HUB
 from ssl_kd.workdir import is_local, read_json
+
+SAMPLED = 16
+"""Images by which a set is told from another: `fingerprint`."""
 
 
 @dataclasses.dataclass
@@ -149,11 +152,10 @@ class Run:
 
     @property
     def seen_by_the_teacher(self) -> str:
-        """One line that says which images a frozen teacher sees, and how."""
+        """One line that says which images a frozen teacher sees, as `fingerprint` does, and how."""
         c = self.config
         entry = ", ".join(str(c.teacher[key]) for key in ENTRY)
-        canvas = f"canvas {self.train.short}, image_size {c.image_size}"
-        return f"{c.data.source} {c.data.train}, {canvas}, teacher's entry {entry}"
+        return f"images {fingerprint(self.train)}, image_size {c.image_size}, teacher's entry {entry}"
 
     @functools.cached_property
     def cached_views(self) -> tuple[str, ...]:
@@ -265,6 +267,19 @@ class Run:
             return batch, Resident(images(whole, count), numbers(whole, count), bag)
         padded = count + -count % self.mesh.size
         return batch, Resident(images(sharded, padded), numbers(whole, count), bag, split_over=self.mesh)
+
+
+def fingerprint(source: Source) -> str:
+    """Which images these are, wherever they lie: their number, and a digest of 16 of them, spread evenly over the set.
+
+    Of those the pixels as decoded, the canvas and the sizes count; of all others nothing but how many they are. In the
+    place of an image that cannot be read its stand-in is looked at. Alike in all processes, which all read the same 16.
+
+    Raises: UserError as `Source.__getitem__`.
+    """
+    last = len(source) - 1
+    images = source[np.arange(SAMPLED) * last // (SAMPLED - 1)]
+    return f"{len(source)} {array_digest(images)[:16]}"
 
 
 def prepare(config: ConfigDict, workdir: Path, *, untrained: bool = False) -> Run:

@@ -18,7 +18,7 @@ from ssl_kd.report import tree_bytes
 from ssl_kd.state import create_state
 
 
-@pytest.mark.parametrize("variant", [*GROUPS, "rekd-neighbour", "mokd"])
+@pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "rekd-neighbour", "compress-1q", "mokd", "mokd-alone"])
 def test_one_device_equals_eight_which_hold_the_state_whole_or_split_it(variant):
     """With groups the keys are shuffled across devices."""
     config = config_of(variant)

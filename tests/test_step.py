@@ -13,6 +13,7 @@ from conftest import VARIANTS, Rig, rig_of, three_steps, tiny_config, worst
 
 from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.images import Images
+from ssl_kd.memory import Queue
 from ssl_kd.state import abstract, create_state
 from ssl_kd.step import TrainStep
 
@@ -35,6 +36,46 @@ def test_three_steps_train_what_is_trained_with_one_trace(variant):
             assert not np.array_equal(before, after), f"{name}{jax.tree_util.keystr(path)} never moved"
     for name, stats in first.batch_stats.items():  # every network's statistics follow its own forwards
         assert not stats or worst(stats, last.batch_stats[name]) > 1e-3
+
+
+@pytest.mark.parametrize("names", [("tiny", "tiny_bottleneck"), ("tiny_vit", "tiny_vit")], ids=" and ".join)
+def test_two_models_of_a_kind_teach_each_other(names):
+    """CNNs, and ViTs whose T-Heads are wider than their tokens; a CNN with a ViT is every other test's."""
+    config = tiny_config("mokd")
+    for role, name in zip(("student", "teacher"), names, strict=True):
+        stem = "small" if name == "tiny_vit" else "small_s2"
+        config[role].update(name=name, width=0.5, stem=stem, drop_path=0.0)
+    rig = Rig(config)
+    before = rig.create()
+    first = jax.device_get(before.trained)
+    after, (metrics,) = rig.run(1, before)
+    assert all(np.isfinite(value) and (value > 0 or name == "nonfinite") for name, value in metrics.items())
+    for path, start in jax.tree_util.tree_leaves_with_path(first):
+        moved = dict(jax.tree_util.tree_leaves_with_path(after.trained))[path]
+        assert not np.array_equal(start, moved), f"{jax.tree_util.keystr(path)} never moved"
+
+
+@every_method
+def test_memory_advances_by_a_batch_a_step(variant):
+    """Queues overwrite their oldest rows, all with one pointer; prototypes and centres move."""
+    rig = rig_of(variant)
+    state = rig.create()
+    before = jax.device_get(state.memory)
+    after = jax.device_get(rig.run(1, state)[0].memory)
+    count = rig.config.batch_size
+
+    def parts(memory):
+        return jax.tree.leaves(memory, is_leaf=lambda part: isinstance(part, Queue))
+
+    for old, new in zip(parts(before), parts(after), strict=True):
+        if not isinstance(old, Queue):
+            assert not np.array_equal(old, new)
+            continue
+        assert (old.ptr, new.ptr) == (0, count)
+        for name in (name for name, rows in old.rows.items() if rows.ndim == 2):
+            np.testing.assert_array_equal(old.rows[name][count:], new.rows[name][count:])
+            assert (old.rows[name][:count] != new.rows[name][:count]).any(axis=1).all()
+            np.testing.assert_allclose(np.linalg.norm(new.rows[name][:count], axis=1), 1, rtol=1e-5)
 
 
 @every_method

@@ -114,19 +114,22 @@ def load_or_mine(
 
     One rule for a file the user names and for the default one in the work directory: a file that is there must fit, and
     is never overwritten; one that is not is mined and written, whole or not at all. All processes call this together,
-    on a path they share; the first one writes.
+    on a path they share and can write; the first one writes.
+
+    To fit is to have been written with the same `data`, `teacher` and number of neighbours, for as many images: of the
+    images, and of their features, nothing else is compared.
 
     Args:
       features: () → (images, D) of the teacher; called only to mine.
       images: of the training set, N.
       neighbours: of an image, k.
-      data: one line that says which images these are, in which order.
+      data: one line by which these images, in this order and as the teacher sees them, are told from others.
       teacher: digest of the weights the features come from.
       progress: of `mine`.
 
     Raises:
-      UserError: if the file is damaged, or of another format, data set, teacher or number of neighbours; if it cannot
-        be written, which is found out before mining; or unless neighbours lies in [1, images − 1].
+      UserError: if the file is damaged, of another format, or does not fit; if it cannot be written, which every
+        process finds out before mining; or unless neighbours lies in [1, images − 1].
     """
     require_neighbours(neighbours, images)
     identity = {"format": FORMAT, "data": data, "teacher": teacher, "neighbours": neighbours}
@@ -135,12 +138,10 @@ def load_or_mine(
         there = bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
     if there:
         return _read(path, identity, images)
-    writes = jax.process_index() == 0
-    if writes:
-        with _partial(path) as partial:
-            partial.touch()  # a place that cannot be written is known before the work
+    with _partial(path) as partial:
+        partial.touch()  # a place that cannot be written is known before the work, to all who would wait for each other
     found = mine(features(), neighbours, progress=progress)
-    if writes:
+    if jax.process_index() == 0:
         with _partial(path) as partial:
             with partial.open("wb") as file:
                 np.savez(file, identity=np.array(json.dumps(identity)), indices=found)

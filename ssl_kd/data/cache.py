@@ -60,11 +60,12 @@ class FeatureCache:
     ) -> None:
         """Computes what is not there yet. A stopped command goes on at its last whole batch.
 
-        All processes call this together, on a directory they share; the first one writes.
+        All processes call this together, on a directory they share and can write; the first one writes the features.
 
         Args:
           compute: see `Compute`.
-          identity: all that the features are a function of.
+          identity: what tells these features from others, as JSON can hold it. It is compared with the directory's, and
+            so are `names`, `numbers` and `images`; nothing else is.
 
         Raises:
           UserError: for a directory of other features, one that cannot be written, too little room, or features that
@@ -145,18 +146,18 @@ class FeatureCache:
         if path.exists():
             try:
                 there = dict(json.loads(path.read_text()))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({reason(error)}): delete {self.directory}.") from error
             differing = [key for key in wanted if there.get(key) != wanted[key]]
             if differing:
                 which = "; ".join(f"{key} ({there.get(key)!r} there, {wanted[key]!r} now)" for key in differing)
                 raise UserError(
-                    f"{self.directory} holds other features: {which}. Delete it, or set teacher.cache_path to another "
-                    "directory."
+                    f"{self.directory} holds other features: {which}. Delete it to have them computed anew, or set "
+                    "teacher.cache_path to another directory."
                 )
-        elif jax.process_index() == 0:
+        else:  # every process writes the same, so that all learn where that fails: they would wait for each other
             self.directory.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{jax.process_index()}.partial")
             partial.write_text(json.dumps(wanted, indent=1))
             os.replace(partial, path)
 

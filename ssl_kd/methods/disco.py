@@ -2,7 +2,8 @@
 
 The student learns by MoCo-v2 and, on both views, by reproducing the final embedding of a frozen self-supervised
 teacher. The paper's remedy for the distilling bottleneck, a wide hidden layer in the student's head, is the key
-`student.head_hidden`.
+`student.head_hidden`. The second view is made once, shuffled over the batch-norm groups for all three networks; the
+authors shuffle it for the momentum network alone. Which images share statistics is chance either way.
 """
 
 import dataclasses

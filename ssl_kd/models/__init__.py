@@ -105,6 +105,11 @@ class NetworkSpec:
     remat: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def thead_heads(self) -> int:
+        """Attention heads of the T-Head, of 64 channels."""
+        return max(1, self.thead // 64)
+
     def backbone(self) -> Any:
         """The backbone's module."""
         options = {"width": self.width, "stem": self.stem, "bn_groups": self.bn_groups, "remat": self.remat}
@@ -131,7 +136,7 @@ class Network(nn.Module):
         if spec.thead:
             if not self._native_tokens:
                 self.reduce = TokenReduce(spec.thead, dtype=spec.dtype)
-            self.thead = THead(dim=spec.thead, heads=max(1, spec.thead // 64), out=spec.dim, dtype=spec.dtype)
+            self.thead = THead(dim=spec.thead, heads=spec.thead_heads, out=spec.dim, dtype=spec.dtype)
 
     def features(self, images: jax.Array, *, norm: str, dropout: bool = False) -> Features:
         """Images (B, H, W, 3) in [0, 1] → stages and pooled feature; `norm` is 'batch' or 'running' statistics."""

@@ -104,7 +104,6 @@ class WeightNormLinear(nn.Module):
 
     out: int
     fixed_norm: bool
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,11 +111,8 @@ class WeightNormLinear(nn.Module):
         kernel = v * jax.lax.rsqrt(jnp.sum(v * v, axis=0))
         if not self.fixed_norm:
             kernel = kernel * self.param("g", nn.initializers.ones, (1, self.out), jnp.float32)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
         # A similarity to prototypes that a temperature of some hundredths is about to divide: not to be rounded.
-        return jnp.matmul(
-            x.astype(self.dtype), kernel.astype(self.dtype), precision=HIGHEST, preferred_element_type=wide
-        )
+        return jnp.matmul(promote(x), kernel, precision=HIGHEST)
 
 
 class DINOHead(nn.Module):
@@ -140,7 +136,7 @@ class DINOHead(nn.Module):
         for name in ("fc1", "fc2"):
             x = gelu(linear(self.hidden, name=name)(x))
         x = normalize(linear(self.bottleneck, name="fc3")(x))
-        return WeightNormLinear(self.out, self.fixed_norm, dtype=self.dtype, name="last")(x)
+        return WeightNormLinear(self.out, self.fixed_norm, name="last")(x)
 
 
 class TokenReduce(nn.Module):
@@ -187,4 +183,4 @@ class THead(nn.Module):
         x = layer_norm(dtype=self.dtype, name="norm")(x)
         if query is not None:
             x = x[:, 1:]
-        return WeightNormLinear(self.out, fixed_norm=False, dtype=self.dtype, name="last")(promote(x).mean(1))
+        return WeightNormLinear(self.out, fixed_norm=False, name="last")(promote(x).mean(1))

@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
+import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from conftest import Rig, tiny_config, worst
+from conftest import Rig, source_of, tiny_config, worst
+from pictures import encode, noise
 
+from ssl_kd import run as run_module
 from ssl_kd.data import cache as module
 from ssl_kd.data.cache import FeatureCache
+from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
+from ssl_kd.images import Images
 from ssl_kd.models import Network
-from ssl_kd.run import prepare
+from ssl_kd.run import SAMPLED, fingerprint, prepare
 from ssl_kd.step import TrainStep
 from ssl_kd.train import fit
 
@@ -121,15 +127,21 @@ def test_other_features_are_refused_by_what_differs(tmp_path):
         filled(tmp_path, numbers=3)
     with pytest.raises(UserError, match=r"images \(10 there, 9 now\)"):
         filled(tmp_path, images=9)
-    (tmp_path / module.IDENTITY).write_text("{")
-    with pytest.raises(UserError, match=r"features\.json is damaged"):
-        filled(tmp_path)
+    for text in ("{", "[1]", "7"):
+        (tmp_path / module.IDENTITY).write_text(text)
+        with pytest.raises(UserError, match=r"features\.json is damaged"):
+            filled(tmp_path)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_directory_that_cannot_be_written_is_known_to_every_process_at_once(process, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file.below .*set teacher\.cache_path"):
+        filled(tmp_path / "file" / "below", lambda *_: pytest.fail("it cannot be kept"))
 
 
 def test_what_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*file.below .*set teacher\.cache_path"):
-        filled(tmp_path / "file" / "below")
     with pytest.raises(UserError, match=r"features of images 0 to 3 are not finite in 16 bits"):
         filled(tmp_path / "large", lambda index, number: {"image": np.full((4, WIDTH), 1e6)})
     usage = namedtuple("usage", "free")
@@ -154,6 +166,104 @@ def test_a_run_with_a_cache_ends_and_another_shares_it(tmp_path, monkeypatch):
     monkeypatch.setattr(FeatureCache, "_look", lambda *_: pytest.fail("it is whole"))
     two = fit(run("two"))
     assert one["student"] == two["student"]
+
+
+# --- of which images
+
+
+SIDE, COUNT = 28, 20
+
+
+def pictures(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    for i, image in enumerate(noise(COUNT, SIDE, SIDE, seed)):
+        (folder / f"{i:02}.png").write_bytes(encode(image))
+    return folder
+
+
+def test_the_fingerprint_is_of_the_chosen_images_as_decoded_wherever_they_lie(tmp_path):
+    """Also of a set that has an unreadable image among those looked at, the first."""
+    folder = pictures(tmp_path / "a", 0)
+
+    def of(folder, split="all", canvas=SIDE):
+        return fingerprint(open_source(f"folder:{folder}", split, canvas))
+
+    here = of(folder)
+    assert here == of(folder) == of(shutil.copytree(folder, tmp_path / "b")) == of(folder, canvas=SIDE + 1)
+    (tmp_path / "b" / "00.png").write_bytes(b"")
+    others = [
+        of(pictures(tmp_path / "c", 1)),
+        of(folder, canvas=SIDE // 2),
+        *(of(folder, f"all[{rows}]") for rows in (":10", "10:", ":1", "1:")),
+        of(tmp_path / "b"),
+    ]
+    assert len({here, *others}) == 1 + len(others)
+    assert of(tmp_path / "b") == of(shutil.copytree(tmp_path / "b", tmp_path / "d"))
+
+
+def test_the_fingerprint_looks_at_sixteen_images_pixels_and_sizes_and_at_how_many_there_are():
+    pixels = noise(301, 4, 5)
+    looked_at = np.arange(SAMPLED) * 20
+    here = fingerprint(source := source_of(pixels))
+    assert sorted(source.reader.rows_read) == looked_at.tolist()
+    for i in (0, 20, 300, 7):
+        changed = pixels.copy()
+        changed[i, 3, 4, 2] ^= 1
+        assert (fingerprint(source_of(changed)) == here) == (i not in looked_at)
+    black = np.zeros((301, 4, 5, 3), np.uint8)
+    alike = source_of(black)
+    smaller = dataclasses.replace(alike, reader=type(alike.reader)(black[:, :3]))
+    found = {fingerprint(alike), fingerprint(smaller), fingerprint(source_of(black[:300]))}
+    assert len(found | {fingerprint(source_of(black[:, :3]))}) == 4
+
+
+@pytest.mark.parametrize("method", ["bingo", "simreg"])
+def test_bags_and_features_are_used_for_the_same_images_elsewhere_and_for_no_others(method, tmp_path, monkeypatch):
+    """What the teacher makes of images is not computed here: rows that tell whether it was asked."""
+    asked, fill = [], FeatureCache.fill
+
+    def compute(index, number):
+        asked.append(number)
+        return {"image": np.zeros((len(index), 32), np.float32)}
+
+    def extract(apply, images: Images, **_):
+        asked.append(len(images))
+        return noise(len(images), 1, 1)[:, 0, 0].astype(np.float32)
+
+    monkeypatch.setattr(run_module, "extract", extract)
+    monkeypatch.setattr(FeatureCache, "fill", lambda self, _, *rest: fill(self, compute, *rest))
+    kept, here, moved = tmp_path / "kept", tmp_path / "images", tmp_path / "moved"
+    place = {"method.bag_path": str(kept)} if method == "bingo" else {"teacher.cache_path": str(kept)}
+    c = runs.config(method, **place, **{"data.source": f"folder:{pictures(here, 0)}", "data.train": "all"})
+    c.data.test, c.teacher.cache_views = "all", int(method != "bingo")
+    run = prepare(c, tmp_path, untrained=True)
+
+    def use(folder):
+        run.config.data.source = f"folder:{folder}"
+        run.train = open_source(run.config.data.source, "all", SIDE)
+        return run.bags() if method == "bingo" else run.cache()
+
+    use(here)
+    assert asked
+    asked.clear()
+    here.rename(moved)
+    use(moved)
+    pictures(here, 1)
+    remedy = "delete it to have the bags mined anew" if method == "bingo" else "Delete it to have them computed anew"
+    with pytest.raises(UserError, match=rf"kept holds other .*images {COUNT} \w{{16}}, .* there, .* now.*{remedy}"):
+        use(here)
+    old = f"folder:{moved} all, canvas 32, image_size {SIDE}, teacher's entry …"  # as files had it that named the place
+    if method == "bingo":
+        with np.load(kept) as arrays:
+            identity, indices = json.loads(str(arrays["identity"])), arrays["indices"]
+        with kept.open("wb") as file:
+            np.savez(file, identity=np.array(json.dumps(identity | {"data": old})), indices=indices)
+    else:
+        identity = json.loads((kept / module.IDENTITY).read_text())
+        (kept / module.IDENTITY).write_text(json.dumps(identity | {"data": old}))
+    with pytest.raises(UserError, match=rf"kept holds other .*folder:.*there.*{remedy}"):
+        use(moved)
+    assert not asked
 
 
 @pytest.mark.parametrize(

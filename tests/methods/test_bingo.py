@@ -1,5 +1,6 @@
 """BINGO: the authors' numbers, and which views and weights meet in its loss."""
 
+import itertools
 import types
 
 import jax
@@ -39,8 +40,8 @@ def test_bingo(golden, exact, phase, monkeypatch):
                 memory,
                 {name: check.array(f"in_{name}_raw", call) for name in names},
                 lambda raw: {
-                    "student": Fixed(**{view: raw[name] for name, view in ROLES.items()}),
-                    "teacher": Fixed(anchor_key=raw["t_anchor"], mate_key=raw["t_neighbour"]),
+                    "student": Fixed("batch", **{view: raw[name] for name, view in ROLES.items()}),
+                    "teacher": Fixed("running", anchor_key=raw["t_anchor"], mate_key=raw["t_neighbour"]),
                 },
             )
             check.equal(value, f"out_loss_total_{phase}", call)
@@ -56,12 +57,14 @@ def test_logits_and_the_loss_that_skips_them(golden, exact):
     """`contrasts` is InfoNCE over the authors' logits, which it never writes down."""
     with jax.enable_x64(exact):
         check = Check(golden("bingo_loss"), exact)
-        queue, temperature = check.array("in_queue").T, float(check.fixture["hp_T"])
-        for name in ROLES:  # the first call's logits are against the queue as it is given
-            s = normalize(check.array(f"in_{name}_raw", 0))
-            positives = normalize(jnp.stack([check.array(f"in_t_{image}_raw", 0) for image in ("anchor", "neighbour")]))
+        temperature = float(check.fixture["hp_T"])
+        queues = check.array("in_queue").T, check.array("f64_out_queue_after", 0).T
+        for (call, queue), name in itertools.product(enumerate(queues), ROLES):
+            s = normalize(check.array(f"in_{name}_raw", call))
+            positives = [check.array(f"in_t_{image}_raw", call) for image in ("anchor", "neighbour")]
+            positives = normalize(jnp.stack(positives))
             logits = [contrast_logits(s, t, queue, temperature) for t in positives]
-            check.equal(jnp.stack(logits, axis=1), f"out_logits_{name[2:]}", 0)
+            check.equal(jnp.stack(logits, axis=1), f"out_logits_{name[2:]}", call)
             np.testing.assert_allclose(
                 contrasts(s, positives, queue, temperature),
                 [info_nce(rows) for rows in logits],

@@ -1,17 +1,19 @@
 """Methods against the authors' own numbers: stand-in networks hand the stored embeddings to the method itself."""
 
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_kd.losses import angle_relations, distance_relations
+from ssl_kd.losses import angle_relations, contrast_logits, distance_relations, normalize
 from ssl_kd.memory import Queue
 from ssl_kd.methods import Context
 from ssl_kd.methods.compress import CompRess
 from ssl_kd.methods.disco import DisCo
+from ssl_kd.methods.moco import MoCo
 from ssl_kd.methods.ressl import ReSSL
 from ssl_kd.methods.seed import SEED
 
@@ -42,16 +44,17 @@ class Check:
 
 
 class Fixed:
-    """Embeds a view, named by a string, as the given rows."""
+    """Embeds a view, named by a string, as the given rows, in the one batch-norm mode that it may be asked for."""
 
-    def __init__(self, **views):
-        self.views = views
+    def __init__(self, norm, **views):
+        self.norm, self.views = norm, views
 
     def embed(self, view, *, norm):
+        assert norm == self.norm
         return self.views[view]
 
     def features(self, view, *, norm):
-        return types.SimpleNamespace(pooled=self.views[view])
+        return types.SimpleNamespace(pooled=self.embed(view, norm=norm))
 
 
 def run(method, memory, raw, networks):
@@ -76,33 +79,91 @@ def queue_of(check, name, row):
     return Queue(rows={row: check.array(name).T}, ptr=jnp.asarray(check.fixture["in_ptr"][0], jnp.int32))
 
 
+def moco_networks(raw):
+    return {"student": Fixed("batch", query=raw["q"]), "student_momentum": Fixed("batch", key=raw["k"])}
+
+
 @precisions
-@pytest.mark.parametrize("contrast", [1.0, 0.0])
-def test_disco(golden, exact, contrast):
+def test_moco(golden, exact):
+    with jax.enable_x64(exact):
+        check = Check(golden("moco_infonce"), exact)
+        method = MoCo(temperature=float(check.fixture["hp_T"]), queue=64)
+        memory = queue_of(check, "in_queue", "key")
+        for call in range(3):
+            raw = {name: check.array(f"in_{name}_raw", call) for name in "qk"}
+            logits = contrast_logits(*map(normalize, raw.values()), memory.rows["key"], method.temperature)
+            check.equal(logits, "out_logits", call)
+            value, _, grads, memory = run(method, memory, raw, moco_networks)
+            check.equal(value, "out_loss", call)
+            check.equal(grads["q"], "grad_q_raw", call)
+            check.equal(memory.rows["key"].T, "out_queue_after", call)
+            assert int(memory.ptr) == check.fixture["out_ptr_after"][call, 0]
+
+
+def disco_rows(check, call):
+    return {name: check.array(f"in_{name}_raw", call) for name in ("s_q", "s_k", "mean_k", "t_q", "t_k")}
+
+
+def disco_networks(raw, teacher_norm="running"):
+    return {
+        "student": Fixed("batch", query=raw["s_q"], key=raw["s_k"]),
+        "student_momentum": Fixed("batch", key=raw["mean_k"]),
+        "teacher": Fixed(teacher_norm, query=raw["t_q"], key=raw["t_k"]),
+    }
+
+
+@precisions
+@pytest.mark.parametrize(
+    ("total", "grad", "contrast", "consistency"),
+    [
+        ("total", "grad", 1.0, 8.0),
+        ("total_only_mse", "grad_only_mse", 0.0, 8.0),
+        ("contrast", "grad_contrast", 1.0, 0.0),
+    ],
+    ids=["total", "only_mse", "only_contrast"],
+)
+def test_disco(golden, exact, total, grad, contrast, consistency):
     """The authors sum the squared distances over their batch of 8 here: weight 8 on our mean."""
     with jax.enable_x64(exact):
         check = Check(golden("disco_loss"), exact)
-        method = DisCo(temperature=float(check.fixture["hp_T"]), queue=64, consistency=8.0, contrast=contrast)
+        method = DisCo(temperature=float(check.fixture["hp_T"]), queue=64, consistency=consistency, contrast=contrast)
         memory = queue_of(check, "in_queue", "key")
-        total, grad = ("total", "grad") if contrast else ("total_only_mse", "grad_only_mse")
         for call in range(2):
-            raw = {name: check.array(f"in_{name}_raw", call) for name in ("s_q", "s_k", "mean_k", "t_q", "t_k")}
-            value, metrics, grads, memory = run(
-                method,
-                memory,
-                raw,
-                lambda raw: {
-                    "student": Fixed(query=raw["s_q"], key=raw["s_k"]),
-                    "student_momentum": Fixed(key=raw["mean_k"]),
-                    "teacher": Fixed(query=raw["t_q"], key=raw["t_k"]),
-                },
-            )
+            value, metrics, grads, memory = run(method, memory, disco_rows(check, call), disco_networks)
             check.equal(value, f"out_loss_{total}", call)
             check.equal(metrics["contrast"], "out_loss_contrast", call)
-            for name in ("s_q", "s_k"):
-                check.equal(grads[name], f"{grad}_{name}_raw", call)
+            both = sum(check.fixture[f"f64_out_loss_mse_{view}"][call] for view in "qk")
+            np.testing.assert_allclose(8 * metrics["consistency"], both, rtol=1e-9 if exact else 1e-5)
+            check.equal(grads["s_q"], f"{grad}_s_q_raw", call)
+            if consistency:
+                check.equal(grads["s_k"], f"{grad}_s_k_raw", call)
+            else:  # the contrast is between one view's query and the other's momentum key
+                np.testing.assert_array_equal(grads["s_k"], 0)
             check.equal(memory.rows["key"].T, "out_queue_after", call)
             assert int(memory.ptr) == check.fixture["out_ptr_after"][call, 0]
+
+
+@pytest.mark.parametrize("teacher_norm", ["running", "batch"])
+def test_disco_adds_weighted_relations_of_both_views(golden, teacher_norm):
+    """Student and teacher meet in the same view; `teacher_norm` is the batch-norm mode of the teacher alone."""
+    with jax.enable_x64(True):
+        check = Check(golden("disco_loss"), exact=True)
+        fields = {"consistency": 8.0, "distance": 3.0, "angle": 7.0, "teacher_norm": teacher_norm}
+        method = DisCo(temperature=float(check.fixture["hp_T"]), queue=64, **fields)
+
+        @jax.jit
+        @jax.value_and_grad
+        def relations(raw):
+            pairs = [(normalize(raw[f"s_{view}"]), normalize(raw[f"t_{view}"])) for view in "qk"]
+            return sum(3 * distance_relations(*pair) + 7 * angle_relations(*pair) for pair in pairs)
+
+        raw = disco_rows(check, 0)
+        networks = partial(disco_networks, teacher_norm=teacher_norm)
+        value, _, grads, _ = run(method, queue_of(check, "in_queue", "key"), raw, networks)
+        added, added_grads = relations(raw)
+        check.equal(value - added, "out_loss_total", 0)
+        for name in ("s_q", "s_k"):
+            check.equal(grads[name] - added_grads[name], f"grad_{name}_raw", 0)
 
 
 @precisions
@@ -132,7 +193,7 @@ def test_seed(golden, exact, number):
                 method,
                 memory,
                 raw,
-                lambda raw: {"student": Fixed(image=raw["s"]), "teacher": Fixed(image=raw["t"])},
+                lambda raw: {"student": Fixed("batch", image=raw["s"]), "teacher": Fixed("running", image=raw["t"])},
             )
             check.equal(value, "out_loss", number, call)
             check.equal(grads["s"], "grad_s_raw", number, call)
@@ -149,12 +210,7 @@ def test_ressl(golden, exact):
         memory = queue_of(check, "in_queue", "key")
         for call in range(2):
             raw = {name: check.array(f"in_{name}_raw", call) for name in "qk"}
-            value, _, grads, memory = run(
-                method,
-                memory,
-                raw,
-                lambda raw: {"student": Fixed(query=raw["q"]), "student_momentum": Fixed(key=raw["k"])},
-            )
+            value, _, grads, memory = run(method, memory, raw, moco_networks)
             check.equal(value, "out_loss", call)
             check.equal(grads["q"], "grad_q_raw", call)
             check.equal(memory.rows["key"].T, "out_queue_after", call)
@@ -187,9 +243,9 @@ def test_compress(golden, exact, variant):
                 memory,
                 {name: check.array(f"in_{name}", call) for name in names},
                 lambda raw: {
-                    "student": Fixed(image=raw["student"]),
-                    "teacher": Fixed(image=raw["teacher"]),
-                    "student_momentum": Fixed(image=raw.get("student_key")),
+                    "student": Fixed("batch", image=raw["student"]),
+                    "teacher": Fixed("running", image=raw["teacher"]),
+                    "student_momentum": Fixed("batch", image=raw.get("student_key")),
                 },
             )
             check.equal(value, f"out_{theirs}loss", call)
