@@ -51,11 +51,62 @@ def test_every_recipe_builds(name, preset):
         assert set(widths(spec, config.image_size)) == {spec.dim}
 
 
-def test_the_imagenet_preset_is_the_papers_setting():
-    c = load("rekd_alexnet", "imagenet")
-    assert (c.image_size, c.method.queue, c.epochs, c.batch_size) == (224, 65536, 200, 256)
-    assert (c.data.source, c.student.width, c.teacher.name) == ("tfds:imagenet2012", 1.0, "resnet50")
-    assert (c.method.prototypes, c.optim.lr, c.optim.weight_decay) == (3000, 0.03, 1e-4)
+SGD = {"optim.name": "sgd", "optim.lr": 0.03, "optim.momentum": 0.9, "optim.weight_decay": 1e-4, "optim.decay": "all"}
+MOCO = {
+    **SGD,
+    **{"data.source": "tfds:imagenet2012", "image_size": 224, "batch_size": 256, "epochs": 200.0, "bn_groups": 8},
+    **{"optim.schedule": "cosine", "optim.warmup_epochs": 0.0, "optim.final_lr": 0.0},
+    **{"method.queue": 65536, "method.momentum": 0.999, "method.temperature": 0.2, "student.dim": 128},
+    **{"augment.crop_scale": [0.2, 1.0], "augment.jitter": 0.8, "augment.grayscale": 0.2, "augment.blur": 0.5},
+}
+VIT = {
+    "lr": 3e-4,
+    "final_lr": 1e-5,
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.4,
+    "warmup_epochs": 10.0,
+    "clip": 3.0,
+}
+PAPERS = {
+    "moco_v2_resnet18": MOCO,
+    "rekd_alexnet": {**MOCO, "teacher.name": "resnet50", "method.prototypes": 3000},
+    "disco_efficientnet_b0": {**MOCO, "student.head_hidden": 2048, "method.consistency": 32.0, "method.contrast": 1.0},
+    "seed_resnet18": {**SGD, "epochs": 200.0, "method.queue": 65536, "method.temperature": 0.2},
+    "compress_alexnet": {
+        **{**SGD, "optim.lr": 0.01, "optim.schedule": "stairs", "optim.factor": 0.2},
+        **{"optim.milestones": [90 / 130, 120 / 130], "epochs": 130.0, "method.queue": 128_000},
+        "method.temperature": 0.04,
+    },
+    "simreg_resnet18": {**SGD, "optim.lr": 0.05, "epochs": 130.0, "student.head": "regression"},
+    "bingo_resnet18": {
+        **{**{key: value for key, value in MOCO.items() if key != "method.momentum"}, "student.head_hidden": 2048},
+        **{"method.neighbours": 5, "method.single_epochs": 11.0, "method.late_weight": 0.5, "method.cutmix_alpha": 2.0},
+    },
+    "ressl_resnet50": {
+        **{**SGD, "optim.lr": 0.05, "optim.warmup_epochs": 5.0, "optim.decay": "weights", "student.dim": 512},
+        **{"method.queue": 131_072, "method.temperature": 0.1, "method.key_temperature": 0.04},
+    },
+    "mokd_resnet50_vit_small": {
+        **{**SGD, "optim.lr": 0.1, "optim.final_lr": 0.0048, "optim.decay": "weights", "optim.warmup_epochs": 10.0},
+        **{"optim.clip": 3.0, "optim.last_layer_epochs": 1.0, "epochs": 100.0, "batch_size": 256, "bn_groups": 1},
+        **{f"optim.groups.teacher.{key}": value for key, value in VIT.items()},
+        **{f"optim.groups.thead.{key}": value for key, value in VIT.items()},
+        **{"optim.groups.teacher.name": "adamw", "optim.groups.teacher.decay": "weights", "teacher.drop_path": 0.1},
+        **{"optim.groups.thead.name": "sgd", "optim.groups.thead.decay": "all", "student.thead": 384},
+        **{"student.dim": 65536, "student.head_hidden": 0, "method.local_crops": 8, "method.local_size": 96},
+        **{"method.global_scale": [0.25, 1.0], "method.local_scale": [0.05, 0.25], "method.augmentation": "dino"},
+        **{"method.temperature": 0.1, "method.first_teacher_temperature": 0.04, "method.teacher_temperature": 0.07},
+        **{"method.self_temperature_epochs": 50, "method.temperature_epochs": 30, "method.momentum": 0.996},
+        **{"method.centre_momentum": 0.9, "method.student_cross": 1.0, "method.teacher_cross": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_imagenet_preset_is_the_papers_setting(name):
+    config = flatten(load(name, "imagenet"))
+    assert {key: config[key] for key in PAPERS[name]} == PAPERS[name]
+    assert config["student.width"] == 1.0 and config["preset"] == "imagenet"
 
 
 def test_images_are_reduced_to_eight_sevenths_of_the_largest_view_unless_told():
