@@ -6,11 +6,12 @@ ssl_kd.processes]
 
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import jax
 from absl import flags
-from conftest import tiny_config
+from conftest import VARIANTS, tiny_config
 from jax.sharding import AxisType
 
 from ssl_kd import command, processes, train
@@ -18,11 +19,13 @@ from ssl_kd.checkpoint import Checkpoints
 from ssl_kd.log import Metrics
 from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
+from ssl_kd.workdir import write_json
 
 
-def config(method: str = "rekd", **changes):
+def config(variant: str = "rekd", **changes):
     """12 steps of 16 embedded images, a checkpoint every 3 steps."""
-    c = tiny_config(method)
+    method, fields = VARIANTS[variant]
+    c = tiny_config(method, **fields)
     c.data.update(train="train[:96]", test="test[:40]")
     c.image_size, c.epochs, c.log_every = 28, 2.0, 1
     c.checkpoint.every_epochs, c.probe.every_epochs = 0.5, 1.0
@@ -37,6 +40,15 @@ def prepared(config, workdir: Path) -> Run:
     run = prepare(config, workdir)
     run.mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
     return run
+
+
+def begun(run: Run) -> str:
+    """Where a teacher comes from: a run that has saved its random weights."""
+    write_json(run.workdir / "run.json", run.record)
+    with closing(Checkpoints(run.workdir, keep=1)) as checkpoints:
+        checkpoints.save(0, run.create_now())
+        checkpoints.wait()
+    return f"workdir:{run.workdir}"
 
 
 def die() -> None:

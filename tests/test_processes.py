@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -21,7 +20,6 @@ from ssl_kd.checkpoint import Checkpoints, array_digest
 from ssl_kd.errors import UserError
 from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
-from ssl_kd.workdir import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,15 +38,6 @@ def run_on(devices: int, workdir: Path, *args, **changes) -> Run:
     run = prepare(runs.config(*args, **changes), workdir)
     run.mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
     return run
-
-
-def begun(run: Run) -> str:
-    """Where a teacher comes from: a run that has saved its random weights."""
-    write_json(run.workdir / "run.json", run.record)
-    with closing(Checkpoints(run.workdir, keep=1)) as checkpoints:
-        checkpoints.save(0, run.create_now())
-        checkpoints.wait()
-    return f"workdir:{run.workdir}"
 
 
 def end(run: Run):
@@ -84,7 +73,7 @@ def test_two_processes_killed_and_silenced_end_bit_for_bit_as_if_left_alone(tmp_
 
 def test_processes_told_to_stop_save_together_and_go_on_as_fewer_with_a_split_state(tmp_path):
     """Four of two devices each, then two, then one; the whole run equals one on a single device to rounding."""
-    teacher = begun(run_on(1, tmp_path / "teacher", "moco_v2"))
+    teacher = runs.begun(run_on(1, tmp_path / "teacher", "moco_v2"))
     alone = run_on(1, tmp_path / "alone", "seed", **{"teacher.source": teacher})
     fit(alone)
     workdir, log = tmp_path / "run", tmp_path / "log"

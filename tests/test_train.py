@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -206,6 +205,14 @@ def test_a_frozen_teacher_comes_from_a_run_and_its_digest_is_recorded(finished, 
     assert record["identity"]["teacher.digest"] == load_network(finished).digest
 
 
+@pytest.mark.parametrize(("maker", "learner"), [("ressl", "disco"), ("mokd-alone", "simreg")])
+def test_what_needs_no_teacher_makes_one(maker, learner, tmp_path):
+    source = runs.begun(prepared(runs.config(maker), tmp_path / "teacher"))
+    run = prepared(runs.config(learner, epochs=1 / 6, **{"teacher.source": source}), tmp_path / "run")
+    assert run.recipe.specs["teacher"] == load_network(tmp_path / "teacher").spec
+    assert fit(run)["step"] == 1
+
+
 def test_another_teacher_is_refused(finished, copy, tmp_path):
     config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
     workdir = tmp_path / "student"
@@ -284,13 +291,8 @@ def test_a_student_of_another_image_size_is_refused(tmp_path):
         c.student = base.network("alexnet", width=0.02, dim=8)
         return c
 
-    run = prepared(config(28), tmp_path / "run")
-    checkpoint.write_json(run.workdir / "run.json", run.record)
-    with closing(Checkpoints(run.workdir, keep=1)) as checkpoints:
-        checkpoints.save(0, run.create_now())
-        checkpoints.wait()
     other = config(20)
-    other.student.source = f"workdir:{tmp_path / 'run'}"
+    other.student.source = runs.begun(prepared(config(28), tmp_path / "run"))
     with pytest.raises(UserError, match=r"image_size=28.*image_size=20"):
         prepare(other, tmp_path / "other")
 
