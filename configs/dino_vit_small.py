@@ -2,8 +2,8 @@
 
     python launch/main.py --config=configs/dino_vit_small.py[:smoke|:cifar10|:imagenet]
 
-Its network is a teacher for other recipes. The small presets train a ViT-Ti of one attention head. Not measured on
-ImageNet here.
+Its network is a teacher for other recipes. The small presets train a ViT-Ti of one attention head. Published
+(ImageNet linear, 800 epochs): 77.0; not measured here.
 """
 
 from configs import mokd_resnet50_vit_small
