@@ -2,7 +2,8 @@
 
     python launch/main.py --config=configs/moco_v2_resnet18.py[:smoke|:cifar10|:imagenet]
 
-Published (ImageNet linear): 52.5; in small (CIFAR-10, benchmarks/methods.md) 40.0. Embedded, 2 CPU cores: 393 images/s, so 5 min.
+Published (ImageNet linear): 52.5; in small (CIFAR-10, benchmarks/methods.md) 40.0. Embedded, 2 CPU cores:
+393 images/s, so 5 min.
 """
 
 from configs import base
