@@ -15,7 +15,8 @@ def get_config(preset: str = ""):
     c.student.name = "resnet18"
     c.teacher = base.network("resnet50", **{key: c.student[key] for key in ("head", "head_hidden", "dim", "thead")})
     c.teacher.update(width=c.student.width, stem=c.student.stem)
-    c.method.update(teacher_cross=1.0, temperature_epochs=c.method.self_temperature_epochs)  # both are CNNs
+    # Both are CNNs.
+    c.method.update(teacher_cross=c.method.student_cross, temperature_epochs=c.method.self_temperature_epochs)
     del c.optim.groups.teacher
     c.optim.groups.thead.paths += ("teacher/thead", "teacher/reduce")
     return c
