@@ -5,6 +5,7 @@
         --config.teacher.source=workdir:runs/moco_v2_resnet50
 
 Published (ImageNet linear, teacher 67.4): 66.5, MoCo-v2 alone 46.8 there; 68.9 with a ResNet-101. Not measured here.
+Embedded, 2 CPU cores: 52 images/s, so 34 min.
 """
 
 from configs import disco_resnet18

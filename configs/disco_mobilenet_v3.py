@@ -5,6 +5,7 @@
         --config.teacher.source=workdir:runs/moco_v2_resnet50
 
 Published (ImageNet linear, teacher 67.4): 64.4, MoCo-v2 alone 36.3; not measured here.
+Embedded, 2 CPU cores: 92 images/s, so 20 min.
 """
 
 from configs import disco_resnet18

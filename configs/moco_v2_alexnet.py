@@ -2,7 +2,7 @@
 
     python launch/main.py --config=configs/moco_v2_alexnet.py[:smoke|:cifar10|:imagenet]
 
-Published (ImageNet, fc7 linear): 45.7.
+Published (ImageNet, fc7 linear): 45.7. Embedded, 2 CPU cores: 580 images/s, so 4 min.
 """
 
 from configs import base

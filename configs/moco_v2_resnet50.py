@@ -2,7 +2,7 @@
 
     python launch/main.py --config=configs/moco_v2_resnet50.py[:smoke|:cifar10|:imagenet]
 
-Published (ImageNet linear): 67.4 (200 epochs).
+Published (ImageNet linear): 67.4 (200 epochs). Embedded, 2 CPU cores: 147 images/s, so 12 min.
 """
 
 from configs import base

@@ -3,6 +3,7 @@
     python launch/main.py --config=configs/rekd_shufflenet_v2.py[:smoke|:cifar10|:imagenet]
 
 Published gain over the instance-wise baseline (ImageNet linear): 9.9 points; not measured here.
+Embedded, 2 CPU cores: 295 images/s, so 7 min.
 """
 
 from configs import rekd_alexnet
