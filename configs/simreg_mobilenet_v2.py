@@ -4,7 +4,7 @@
     python launch/main.py --config=configs/simreg_mobilenet_v2.py[:…] \
         --config.teacher.source=workdir:runs/moco_v2_resnet50
 
-No published number is held here, and none is measured. Embedded, 2 CPU cores: 323 images/s, so 6 min.
+No published number is known to us; not measured here. Embedded, 2 CPU cores: 323 images/s, so 6 min.
 """
 
 from configs import simreg_resnet18

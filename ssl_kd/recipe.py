@@ -328,7 +328,7 @@ def check_batch(config: ConfigDict, method: Method, images: int) -> None:
     if micro % config.bn_groups or micro // config.bn_groups < 2:
         raise UserError(
             f"bn_groups={config.bn_groups} must split the {micro} images of a micro-batch into equal groups of 2 or "
-            "more."
+            f"more: change it, batch_size={b} or optim.accum={config.optim.accum}."
         )
     if 0 < method.queue < b:
         raise UserError(f"method.queue={method.queue} is smaller than batch_size={b}: the queue must hold a batch.")

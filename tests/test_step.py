@@ -20,6 +20,12 @@ from ssl_kd.step import TrainStep
 every_method = pytest.mark.parametrize("variant", VARIANTS, scope="module")  # its tests follow each other
 
 
+def everything_moved(first, last):
+    for (path, before), after in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(last), strict=True):
+        assert np.isfinite(after).all()
+        assert not np.array_equal(before, after), f"{jax.tree_util.keystr(path)} never moved"
+
+
 @every_method
 def test_three_steps_train_what_is_trained_with_one_trace(variant):
     first, last, metrics = three_steps(variant)
@@ -30,10 +36,7 @@ def test_three_steps_train_what_is_trained_with_one_trace(variant):
     assert all(np.isfinite(value) for m in metrics for name, value in m.items() if name != "relation_precision")
     assert set(last.trained) == set(method.trained) and set(last.averaged) == set(method.averaged)
     for name in method.trained:
-        for path, before in jax.tree_util.tree_leaves_with_path(first.trained[name]):
-            after = dict(jax.tree_util.tree_leaves_with_path(last.trained[name]))[path]
-            assert np.isfinite(after).all()
-            assert not np.array_equal(before, after), f"{name}{jax.tree_util.keystr(path)} never moved"
+        everything_moved(first.trained[name], last.trained[name])
     for name, stats in first.batch_stats.items():  # every network's statistics follow its own forwards
         assert not stats or worst(stats, last.batch_stats[name]) > 1e-3
 
@@ -50,9 +53,7 @@ def test_two_models_of_a_kind_teach_each_other(names):
     first = jax.device_get(before.trained)
     after, (metrics,) = rig.run(1, before)
     assert all(np.isfinite(value) and (value > 0 or name == "nonfinite") for name, value in metrics.items())
-    for path, start in jax.tree_util.tree_leaves_with_path(first):
-        moved = dict(jax.tree_util.tree_leaves_with_path(after.trained))[path]
-        assert not np.array_equal(start, moved), f"{jax.tree_util.keystr(path)} never moved"
+    everything_moved(first, after.trained)
 
 
 @every_method
