@@ -130,9 +130,14 @@ def set_up_process() -> None:
     """Keeps freed memory and, between runs, compiled programs; touches no device."""
     if not shutil.which("nvidia-smi") and not list(Path("/dev").glob("accel*")):
         keep_freed_memory()
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "ssl_kd" / "xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    kept = {
+        "jax_compilation_cache_dir": str(Path.home() / ".cache" / "ssl_kd" / "xla"),
+        # Small programs too: compiling them is a fifth of a repeated smoke run's time.
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for option, value in kept.items():
+        if option.upper() not in os.environ:
+            jax.config.update(option, value)
 
 
 def warn_of_idle_gpu() -> None:

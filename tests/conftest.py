@@ -176,6 +176,10 @@ class Rig:
         index = order[: self.config.batch_size].astype(np.int32)
         return {"index": jax.device_put(index, NamedSharding(self.mesh, PartitionSpec("data")))}
 
+    def text(self) -> str:
+        """The compiled step, in the compiler's words."""
+        return self.step.lower(self.create(), self.frozen, self.batch(0), self.data).compile().as_text()
+
     def run(self, steps: int, state=None):
         """The state after some steps, and each step's metrics."""
         state = self.create() if state is None else state
@@ -218,9 +222,11 @@ def config_of(variant: str):
 
 
 @functools.cache
-def rig_of(variant: str) -> Rig:
-    """One compiled step a variant, shared by all tests that only look at it."""
-    return Rig(config_of(variant))
+def rig_of(variant: str, devices: int = 1, **changes) -> Rig:
+    """One compiled step a variant, number of devices and changes, shared by all tests that only look at it."""
+    config = config_of(variant)
+    config.update(changes)
+    return Rig(config, devices)
 
 
 @functools.cache

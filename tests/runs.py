@@ -1,11 +1,15 @@
 """A tiny run with files: used by tests, and as a script that kills itself at a chosen point, or is one of several.
 
+And the launchers, as a user runs them.
+
 python tests/runs.py --workdir=DIR [--kill=POINT] [--method=NAME] [--teacher=SOURCE] [--sharding=…] [flags of
 ssl_kd.processes]
 """
 
 import os
 import signal
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +24,16 @@ from ssl_kd.log import Metrics
 from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
 from ssl_kd.workdir import write_json
+
+ROOT = Path(__file__).parents[1]
+ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+
+
+def launch(name: str, *arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/NAME.py on one device."""
+    env = {**os.environ, **ONE_DEVICE, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def config(variant: str = "rekd", **changes):

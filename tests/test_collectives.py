@@ -1,7 +1,6 @@
 """What the eight devices of a compiled step exchange: exactly this, and nothing else."""
 
 import dataclasses
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -10,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Rig, config_of, tiny_config
+from conftest import Rig, rig_of, tiny_config
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ssl_kd.collectives import exchanges, totals
-from ssl_kd.mesh import layout
 
 DEVICES = 8
 
@@ -29,16 +27,16 @@ class Case:
     """What a variant exchanges, for 16 images of 12 px and embeddings of 8.
 
     Attributes:
-      groups: batch-norm groups.
       calls: how often a trained network is called. XLA's CPU compiler exchanges a gradient once a call.
       rest: what belongs to no network, and how many there are.
       apart: network → bytes by which its backward pass differs from `calls` times its parameters and statistics.
+      changes: of the variant's recipe.
     """
 
-    groups: int
     calls: int
     rest: Mapping[str, int]
     apart: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 WRITTEN = "all-gather s32[16,1]"  # places in a queue
@@ -51,9 +49,8 @@ PROTOTYPES, USE = "all-reduce f32[4,8]", "all-reduce f32[4]"
 
 CASES = {
     # The key is gathered twice: out of the shuffled order, and into the queue.
-    "moco_v2": Case(8, 1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
+    "moco_v2": Case(1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}, changes={"bn_groups": 8}),
     "rekd-balanced": Case(
-        8,
         1,
         {
             **{KEY: 4, FINITE: 2, PROTOTYPES: 2},
@@ -65,7 +62,6 @@ CASES = {
     ),
     # Distances between all pairs and angles in all triples of the batch, each device those of its rows.
     "disco": Case(
-        8,
         2,
         {
             **{WRITTEN: 1, FINITE: 1, KEY: 8, SUM: 13},
@@ -73,15 +69,14 @@ CASES = {
             **{"all-reduce f32[16,8]": 5, "all-reduce f32[16]": 2},
         },
     ),
-    "seed": Case(2, 1, {KEY: 1, WRITTEN: 1, FINITE: 1, SUM: 1}),
-    "ressl": Case(2, 1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
+    "seed": Case(1, {KEY: 1, WRITTEN: 1, FINITE: 1, SUM: 1}),
+    "ressl": Case(1, {SHUFFLED: 1, KEY: 2, WRITTEN: 1, FINITE: 1, SUM: 1}),
     # Two queues, of features as wide as the networks.
-    "compress": Case(2, 1, {"all-gather f32[16,32]": 1, "all-gather f32[16,16]": 1, WRITTEN: 2, FINITE: 2, SUM: 1}),
-    "simreg": Case(2, 1, {SUM: 1}),
+    "compress": Case(1, {"all-gather f32[16,32]": 1, "all-gather f32[16,16]": 1, WRITTEN: 2, FINITE: 2, SUM: 1}),
+    "simreg": Case(1, {SUM: 1}),
     # Mates are shuffled as well.
-    "bingo": Case(8, 3, {SHUFFLED: 2, KEY: 3, WRITTEN: 1, FINITE: 1, "all-reduce f32[2]": 3}),
+    "bingo": Case(3, {SHUFFLED: 2, KEY: 3, WRITTEN: 1, FINITE: 1, "all-reduce f32[2]": 3}),
     "mokd": Case(
-        1,
         2,
         # Means of the averages' outputs, for centres; losses.
         {"all-reduce f32[24]": 4, SUM: 26},
@@ -93,15 +88,10 @@ CASES = {
 }
 
 
-@functools.cache
-def found_in_step(variant: str, sharding: str):
-    """(shapes of a state, what the compiled step exchanges)."""
-    config = config_of(variant)
-    config.bn_groups, config.sharding = CASES[variant].groups, sharding
-    rig = Rig(config, DEVICES)
-    where = layout(rig.shapes, rig.mesh, sharding)
-    state = jax.tree.map(lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), rig.shapes, where)
-    return state, exchanges(rig.step.lower(state, rig.frozen, rig.batch(0), rig.data).compile().as_text())
+def found_in_step(variant: str, **changes):
+    """(a rig, what its compiled step exchanges)."""
+    rig = rig_of(variant, DEVICES, **CASES[variant].changes, **changes)
+    return rig, exchanges(rig.text())
 
 
 def in_networks(found) -> dict[tuple[str, bool], int]:
@@ -113,14 +103,14 @@ def in_networks(found) -> dict[tuple[str, bool], int]:
     return dict(total)
 
 
-def expected_in_networks(variant: str, state) -> dict[tuple[str, bool], int]:
+def expected_in_networks(variant: str, rig: Rig) -> dict[tuple[str, bool], int]:
     """Every parameter's gradient, and of every batch norm two vectors forward and two backward."""
-    case, expected = CASES[variant], {}
+    case, state, groups, expected = CASES[variant], rig.shapes, rig.config.bn_groups, {}
     for name, stats in state.batch_stats.items():
         # Where every device holds whole groups, only the running statistics' means over them are exchanged.
-        shared = case.groups % DEVICES != 0
-        forward = whole_bytes(stats) * (case.groups if shared else 1)
-        backward = whole_bytes(stats) * (case.groups if shared else 0)
+        shared = groups % DEVICES != 0
+        forward = whole_bytes(stats) * (groups if shared else 1)
+        backward = whole_bytes(stats) * (groups if shared else 0)
         if name in state.averaged:
             expected[name, False] = forward
         else:
@@ -135,8 +125,8 @@ def outside_networks(found) -> Counter[str]:
 
 @pytest.mark.parametrize("variant", CASES)
 def test_a_step_exchanges_gradients_statistics_and_rows_of_the_batch(variant):
-    state, found = found_in_step(variant, "replicated")
-    assert in_networks(found) == expected_in_networks(variant, state)
+    rig, found = found_in_step(variant)
+    assert in_networks(found) == expected_in_networks(variant, rig)
     assert outside_networks(found) == CASES[variant].rest
     assert {e.kind for e in found} <= {"all-reduce", "all-gather"}
     assert all(e.times == 1 for e in found)
@@ -159,11 +149,12 @@ def test_of_streamed_images_a_device_sends_the_shuffled_ones_that_others_want():
 def test_a_step_that_splits_its_state_gathers_every_split_array_once_besides():
     """On the CPU gradients are still summed whole on every device; accelerators scatter the sums."""
     variant = "ressl"
-    state, found = found_in_step(variant, "fsdp")
+    rig, found = found_in_step(variant, sharding="fsdp")
+    state = rig.create()
     networks = (state.trained, state.averaged)
     split = [x for x in jax.tree.leaves(networks) if not x.sharding.is_fully_replicated]
     assert whole_bytes(split) > 0.6 * whole_bytes(networks)
-    assert in_networks(found) == expected_in_networks(variant, state)
+    assert in_networks(found) == expected_in_networks(variant, rig)
     gathered = Counter(f"all-gather f32[{','.join(map(str, x.shape))}]" for x in split)
     norms = {SUM: len(split) // 2}  # of the gradient's split arrays
     assert outside_networks(found) == Counter(CASES[variant].rest) + gathered + Counter(norms)

@@ -1,18 +1,15 @@
 """The command line: a mistake is one sentence and exit status 2, never a traceback."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 from absl import flags
+from runs import ROOT, launch
 
 from ssl_kd import command
 from ssl_kd.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
     "--config.data.train=train[:256]",
     "--config.data.test=test[:100]",
@@ -75,56 +72,41 @@ def test_the_workdir_is_named_after_recipe_preset_and_overrides(config, parse):
 
 
 def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
-    cache = jax.config.jax_compilation_cache_dir
+    kept = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
     command.set_up_process()
     command.warn_of_idle_gpu()
-    assert jax.config.jax_compilation_cache_dir == cache  # the environment's choice stands
+    # The environment's choice stands.
+    assert kept == (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and command.CUDA_INSTALL in warning
     assert command.CUDA_INSTALL in (ROOT / "README.md").read_text()
 
 
-def main(*arguments, cwd):
-    return launch("main.py", *arguments, cwd=cwd)
-
-
-def launch(name, *arguments, cwd):
-    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / name), *arguments],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_main_exits_2_with_the_sentence_alone(tmp_path):
-    done = main(RECIPE, "--config.data.source=hf:nowhere", cwd=tmp_path)
+    done = launch("main", RECIPE, "--config.data.source=hf:nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
+    """What CI and the notebook run, as a user would."""
+    done = launch("main", f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("raw pixels", "random weights", "linear", "run/checkpoints", "Next: python launch/"):
+        assert word in done.stdout
+    again = launch("main", f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
+    assert again.returncode == 0 and "is done" in again.stdout
+    probe = launch("evaluate", "--workdir=run", "--network=teacher", cwd=tmp_path)
+    assert probe.returncode == 0, probe.stderr
+    assert "teacher at step 4" in probe.stdout
+
+
 def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(tmp_path):
-    done = main(f"{RECIPE}:smoke", *SMALL, "--dry_run", cwd=tmp_path)
+    done = launch("main", f"{RECIPE}:smoke", *SMALL, "--dry_run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("student", "teacher_momentum", "parameters", "MiB", "GFLOP", "min at"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
-    """What CI and the notebook run, as a user would."""
-    done = main(f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for word in ("raw pixels", "random weights", "linear", "run/checkpoints", "Next: python launch/"):
-        assert word in done.stdout
-    again = main(f"{RECIPE}:smoke", *SMALL, "--workdir=run", cwd=tmp_path)
-    assert again.returncode == 0 and "is done" in again.stdout
-    probe = launch("evaluate.py", "--workdir=run", "--network=teacher", cwd=tmp_path)
-    assert probe.returncode == 0, probe.stderr
-    assert "teacher at step 4" in probe.stdout

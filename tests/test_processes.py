@@ -21,8 +21,6 @@ from ssl_kd.errors import UserError
 from ssl_kd.run import Run, prepare
 from ssl_kd.train import fit
 
-ROOT = Path(__file__).parents[1]
-
 
 def line(workdir: Path, *flags: str) -> list[str]:
     return [runs.__file__, f"--workdir={workdir}", *flags]
@@ -30,7 +28,7 @@ def line(workdir: Path, *flags: str) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """Of a process with so many devices."""
-    return {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "TEST_DEVICES": str(devices)}
+    return {"PYTHONPATH": f"{runs.ROOT / 'tests'}:{runs.ROOT}", "TEST_DEVICES": str(devices)}
 
 
 def run_on(devices: int, workdir: Path, *args, **changes) -> Run:

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -231,7 +229,6 @@ def move_data(run: Path) -> None:
 
 
 def test_the_launcher_exits_2_with_the_sentence_alone(tmp_path):
-    launcher = Path(__file__).parents[1] / "launch" / "replay.py"
-    done = subprocess.run([sys.executable, launcher, "--workdir=nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    done = runs.launch("replay", "--workdir=nowhere", cwd=tmp_path)
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stderr == "error: nowhere holds no captured step and no checkpoint: check the path of the run.\n"

@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import GROUPS, Rig, config_of, rig_of, tiny_config, worst
+from conftest import GROUPS, Rig, rig_of, tiny_config, worst
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import mokd_resnet50_vit_small
@@ -18,21 +18,32 @@ from ssl_kd.report import tree_bytes
 from ssl_kd.state import create_state
 
 
-@pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "rekd-neighbour", "compress-1q", "mokd", "mokd-alone"])
-def test_one_device_equals_eight_which_hold_the_state_whole_or_split_it(variant):
-    """With groups the keys are shuffled across devices."""
-    config = config_of(variant)
+def as_on_one_device(variant, **changes):
+    """The rig of eight devices and its state after two steps, which are those of one device."""
     a, metrics_a = rig_of(variant).run(2)
-    for config.sharding in ("replicated", "fsdp"):
-        rig = Rig(config, 8)
-        b, metrics_b = rig.run(2)
-        assert rig.step._cache_size() == 1
-        for x, y in zip(metrics_a, metrics_b, strict=True):
-            for name in x:
-                np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
-        assert worst(a.trained, b.trained) < 2e-4
-        assert worst(a.memory, b.memory) < 2e-4
-    kernels = [x for x in jax.tree.leaves((b.trained, b.averaged, b.opt, rig.frozen)) if x.size >= LEAST_SPLIT]
+    rig = rig_of(variant, 8, **changes)
+    b, metrics_b = rig.run(2)
+    assert rig.step._cache_size() == 1
+    for x, y in zip(metrics_a, metrics_b, strict=True):
+        for name in x:
+            np.testing.assert_allclose(x[name], y[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    assert worst(a.trained, b.trained) < 2e-4
+    assert worst(a.memory, b.memory) < 2e-4
+    return rig, b
+
+
+@pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "rekd-neighbour", "compress-1q", "mokd", "mokd-alone"])
+def test_one_device_equals_eight(variant):
+    """With groups the keys are shuffled across devices."""
+    as_on_one_device(variant)
+
+
+@pytest.mark.parametrize("variant", ["rekd-balanced", "disco", "ressl", "mokd"])
+def test_one_device_equals_eight_that_split_the_state(variant):
+    """No method knows of it: a teacher that is trained, one that is frozen, none, and a second learner."""
+    rig, state = as_on_one_device(variant, sharding="fsdp")
+    split = state.trained, state.averaged, state.opt, rig.frozen
+    kernels = [x for x in jax.tree.leaves(split) if x.size >= LEAST_SPLIT]
     assert kernels and all(8 * x.addressable_shards[0].data.size == x.size for x in kernels)
 
 
@@ -79,26 +90,22 @@ def test_groups_and_shuffle_each_change_the_statistics():
 
 def test_shuffled_keys_are_split_over_the_devices():
     """Each device embeds its share of the key view, not the whole batch."""
-    config = tiny_config("moco_v2")
-    config.bn_groups = 8
-    rig = Rig(config, 8)
-    text = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data).compile().as_text()
-    side = config.image_size
-    shapes = set(re.findall(rf"f32\[(\d+),(?:3,{side},{side}|{side},{side},3)\]", text))
-    assert shapes == {str(config.batch_size // 8)}
+    rig = rig_of("moco_v2", 8, bn_groups=8)
+    side = rig.config.image_size
+    shapes = set(re.findall(rf"f32\[(\d+),(?:3,{side},{side}|{side},{side},3)\]", rig.text()))
+    assert shapes == {str(rig.config.batch_size // 8)}
 
 
 def test_a_set_split_over_the_devices_trains_exactly_as_one_that_lies_whole_on_each():
     """And stays split: no more images than a batch of them are exchanged."""
+    expected, metrics = rig_of("moco_v2", 8).run(2)
     rig = Rig(tiny_config("moco_v2"), 8)
-    expected, metrics = rig.run(2)
     rows = NamedSharding(rig.mesh, PartitionSpec("data"))
     rig.data = dataclasses.replace(rig.data, image=jax.device_put(rig.data.image, rows), split_over=rig.mesh)
     found, again = rig.run(2)
     assert again == metrics
     assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(found), jax.device_get(expected)))
-    text = rig.step.lower(rig.create(), rig.frozen, rig.batch(0), rig.data).compile().as_text()
-    exchanged = re.findall(r"= u8\[(\d+),[\d,]*\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)", text)
+    exchanged = re.findall(r"= u8\[(\d+),[\d,]*\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)", rig.text())
     assert exchanged and max(int(count) for count in exchanged) <= rig.config.batch_size
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import simplejpeg
 from pictures import encode, noise, smooth
 from PIL import Image
@@ -22,7 +23,6 @@ from ssl_kd.data.readers import open_reader
 from ssl_kd.data.sources import open_source
 from ssl_kd.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 NOISE = Packing("synthetic:64x200", ["train"], format="raw", shard_mib=1)
 """2.4 MB of exact pixels, without files: three shards."""
 
@@ -391,7 +391,7 @@ def test_nine_bad_images_never_stop_it_but_nothing_else_does(tmp_path):
 
 def test_the_command(tmp_path):
     words = ["synthetic:8x70", str(tmp_path / "out"), "--splits=test", "--format=raw", "--workers=1"]
-    done = subprocess.run([sys.executable, ROOT / "launch/prepare.py", *words], capture_output=True, text=True)
+    done = runs.launch("prepare", *words)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
     assert first.startswith("70 test images in 1 shard: about 0.0 MiB to write and 0.0 min; ")

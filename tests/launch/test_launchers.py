@@ -16,8 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from runs import ONE_DEVICE, ROOT
 
-ROOT = Path(__file__).parents[2]
 TPU_VM, SLURM, NOTEBOOK = (ROOT / "launch" / name for name in ("tpu_vm.sh", "slurm.sbatch", "colab.ipynb"))
 STAND_INS = Path(__file__).with_name("stand_ins.py")
 BIN = Path(sys.executable).parent
@@ -34,8 +34,6 @@ CHEAP = [
     "--config.probe.knn=(5,)",
 ]
 """Overrides that leave 8 steps of a recipe."""
-
-ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
 
 
 def script(path: Path, text: str) -> None:

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 from typing import ClassVar
 
 import flax.linen as nn
@@ -153,20 +149,8 @@ def test_the_launcher_prints_every_layer_and_writes_them(tmp_path):
     write_json(run.workdir / "run.json", run.record)  # a run that was stopped before its first step
     with closing(Checkpoints(run.workdir, keep=1)) as checkpoints:
         checkpoints.save(0, run.create_now())
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).parents[2] / "launch" / "evaluate.py"),
-            f"--workdir={tmp_path / 'run'}",
-            "--layers",
-            "--epochs=2",
-            f"--json={tmp_path / 'layers.json'}",
-        ],
-        env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    flags = f"--workdir={tmp_path / 'run'}", "--layers", "--epochs=2", f"--json={tmp_path / 'layers.json'}"
+    done = runs.launch("evaluate", *flags)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stdout
     figures = json.loads((tmp_path / "layers.json").read_text())["student at step 0"]

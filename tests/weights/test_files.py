@@ -3,12 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,7 +31,6 @@ from ssl_kd.weights.files import METADATA, read_network, write_network
 from ssl_kd.weights.layouts import BACKBONE_WEIGHTS, LAYOUTS, our_names, renamed, to_torch
 from ssl_kd.workdir import write_json
 
-ROOT = Path(__file__).parents[2]
 NAMES = json.loads((GOLDEN / "weight_names.json").read_text())
 RENAMED = [(program, model) for program, models in NAMES.items() for model in models]
 DINOV2_SIZE = 518
@@ -55,13 +50,6 @@ def as_saved(spec, variables, layout, prefix=""):
     places = our_names(arrays)
     names = renamed(places, LAYOUTS[layout])
     return {prefix + names[n]: np.ascontiguousarray(to_torch(place, arrays[place])) for n, place in places.items()}
-
-
-def launch(name, *arguments, **environment):
-    """A launcher as a user runs it."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, f"launch/{name}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def keep_models(monkeypatch, *names):
@@ -501,12 +489,12 @@ def test_a_launcher_probes_the_weights_of_a_file(tmp_path):
     spec = NetworkSpec("resnet18", width=0.125, stem="small_s2", head="none")
     write_network(tmp_path / "x.safetensors", spec, variables_of(spec, 28), 28, {})
     weights, data = f"--weights=file:{tmp_path / 'x.safetensors'}", ("--train=train[:256]", "--test=test[:100]")
-    probed = launch("evaluate", weights, *data, f"--json={tmp_path / 'x.json'}")
+    probed = runs.launch("evaluate", weights, *data, f"--json={tmp_path / 'x.json'}")
     assert probed.returncode == 0, probed.stderr
     figures = json.loads((tmp_path / "x.json").read_text())
     row = figures["resnet18"]
     assert {"knn10", "knn200", "linear", "effective_rank"} <= row.keys()
-    layers = launch("evaluate", weights, *data, "--layers", "--epochs=1", f"--json={tmp_path / 'y.json'}")
+    layers = runs.launch("evaluate", weights, *data, "--layers", "--epochs=1", f"--json={tmp_path / 'y.json'}")
     assert layers.returncode == 0, layers.stderr
     row = json.loads((tmp_path / "y.json").read_text())["resnet18"]
     assert list(row) == ["stage 1", "stage 2", "stage 3", "stage 4", "pooled"]
@@ -603,8 +591,8 @@ def test_the_hub_is_read_from_its_cache_and_missed_in_a_sentence(tmp_path):
     spec = NetworkSpec("shufflenet_v2_x0_5", head="none")
     write_network(repository / "snapshots" / ("0" * 40) / "model.safetensors", spec, variables_of(spec), 224, {})
     cache = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    found = launch("teacher", "inspect", "hf:someone/tiny/model.safetensors", **cache)
+    found = runs.launch("teacher", "inspect", "hf:someone/tiny/model.safetensors", **cache)
     assert found.returncode == 0 and "shufflenet_v2_x0_5" in found.stdout, found.stderr
-    missed = launch("teacher", "inspect", "hf:someone/other/model.safetensors", **cache)
+    missed = runs.launch("teacher", "inspect", "hf:someone/other/model.safetensors", **cache)
     assert missed.returncode == 2 and missed.stderr.startswith("error: cannot get 'hf:someone/other/model.safetensors'")
     assert len(missed.stderr.splitlines()) == 1
