@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_kd.models import alexnet, efficientnet, mobilenet, resnet, shufflenet, vit
+from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.models.heads import DINOHead, LinearHead, MLPHead, RegressionHead, THead, TokenReduce
 from ssl_kd.models.layers import Features
 
@@ -261,4 +262,5 @@ def backbone_forward(
 def init_network(spec: NetworkSpec, key: jax.Array, image_size: int) -> dict[str, Any]:
     """Variables {'params', 'batch_stats'} of one network by its own initialisers, whatever a loss would touch."""
     images = jnp.zeros((spec.bn_groups, image_size, image_size, 3))
-    return {"batch_stats": {}, **Network(spec).init(key, images, method="everything")}
+    with plain_convolutions():  # what no variable depends on is dropped by the compiler, but traced first
+        return {"batch_stats": {}, **Network(spec).init(key, images, method="everything")}

@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict
 
 from ssl_kd.errors import UserError
 from ssl_kd.models import HEADS, MODELS, NetworkSpec, init_network
-from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.weights.layouts import (
     BACKBONE_WEIGHTS,
     LAYOUTS,
@@ -231,8 +230,7 @@ def shapes(spec: NetworkSpec, image_size: int) -> dict[Place, tuple[int, ...]]:
 
 @functools.cache
 def _traced(spec: NetworkSpec, image_size: int) -> dict[Place, tuple[int, ...]]:
-    with plain_convolutions():
-        variables = jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size))
+    variables = jax.eval_shape(lambda: init_network(spec, jax.random.key(0), image_size))
     return {place: leaf.shape for place, leaf in flatten_dict(variables).items()}
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_kd.models.convolution import plain_convolutions
+
 
 def normal(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -14,12 +16,14 @@ def normal(shape, seed=0):
 
 def shapes(model, size, batch=2):
     x = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
-    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, norm="batch"), x)
+    with plain_convolutions():  # traced in a third of the time
+        return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, norm="batch"), x)
 
 
 def variables_of(model, x):
     """Drawn by numpy: compiling jax's generator for every shape would take most of this file's time."""
-    shapes = jax.eval_shape(partial(model.init, norm="batch"), jax.random.key(0), x)
+    with plain_convolutions():
+        shapes = jax.eval_shape(partial(model.init, norm="batch"), jax.random.key(0), x)
     rng = np.random.default_rng(0)
     return {
         "params": jax.tree.map(lambda s: jnp.asarray(0.1 * rng.normal(size=s.shape), s.dtype), shapes["params"]),
