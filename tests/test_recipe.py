@@ -37,7 +37,7 @@ def widths(spec, image_size):
         return [*outputs, network.search(features)] if spec.thead else outputs
 
     images = jnp.zeros((spec.bn_groups, image_size, image_size, 3))
-    with plain_convolutions():  # traced in a third of the time
+    with plain_convolutions():  # faster to trace
         outputs, _ = jax.eval_shape(lambda: Network(spec).init_with_output(jax.random.key(0), images, method=heads))
     return [output.shape[1] for output in outputs]
 

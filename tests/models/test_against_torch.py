@@ -10,11 +10,11 @@ import re
 import jax
 import numpy as np
 import pytest
+from backbones import shapes
 from conftest import GOLDEN
 
 from benchmarks.model_fixtures import CLASSES, compute, digest, images, parameter
 from ssl_kd.models import MODELS
-from ssl_kd.models.convolution import plain_convolutions
 from ssl_kd.models.vit import interpolate_positions
 from ssl_kd.weights.layouts import LAYOUTS, from_torch, our_name, renamed, to_torch
 
@@ -86,10 +86,9 @@ def fixture(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def shapes(name: str, size: int):
-    x = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    with plain_convolutions():  # traced in a third of the time
-        return jax.eval_shape(lambda x: MODELS[name](classes=CLASSES).init(jax.random.key(0), x, norm="batch"), x)
+def variables(name: str, size: int):
+    """With a shape alone."""
+    return shapes(MODELS[name](classes=CLASSES), size)[1]
 
 
 def outputs(name: str, norms) -> dict[str, np.ndarray]:
@@ -102,12 +101,12 @@ def outputs(name: str, norms) -> dict[str, np.ndarray]:
         features = model.apply(variables, x, norm="running")
         return features, *model.apply(variables, x, norm="batch", mutable=["batch_stats"])
 
-    expected = shapes(name, x.shape[1])
+    expected = variables(name, x.shape[1])
     theirs = torch_names(name, expected)
-    variables = filled(expected, theirs)
+    values = filled(expected, theirs)
     with jax.enable_x64(dtype == np.float64):
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-        running, batch, moved = jax.device_get(forward(variables, x))
+        values = jax.tree.map(lambda leaf: leaf.astype(dtype), values)
+        running, batch, moved = jax.device_get(forward(values, x))
     moved = {theirs[our_name(*keys(path))]: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(moved)}
     return {
         "eval": np.array([digest(x) for x in (*running.stages, running.pooled, running.logits)]),
@@ -144,7 +143,7 @@ def test_every_backbone_is_compared():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts_are_torchs_and_the_published(name):
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(name, 518 if "dinov2" in name else 224)["params"]))
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables(name, 518 if "dinov2" in name else 224)["params"]))
     assert count == fixture(name)["count"]
     assert count == PUBLISHED.get(name, count)
 
