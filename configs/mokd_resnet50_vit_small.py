@@ -3,9 +3,8 @@
     python launch/main.py --config=configs/mokd_resnet50_vit_small.py[:smoke|:cifar10|:imagenet]
     python launch/evaluate.py --workdir=runs/mokd_resnet50_vit_small --network=teacher_momentum            the ViT
 
-The small presets pair a ResNet-18 with a ViT-Ti of one attention head, 2 + 4 crops, 1024 outputs. Published (ImageNet
-linear, other pairs): ResNet-50 with ViT-B 72.1 -> 75.6 and 77.0 -> 78.0; not measured here. Embedded, 2 CPU cores: 38
-images/s, so 18 min.
+Small presets: a ResNet-18 with a ViT-Ti of one head, 2 + 4 crops, 1024 outputs; embedded, 2 CPU cores: 38 images/s, so
+18 min. Published (ImageNet linear, other pairs): ResNet-50 with ViT-B 72.1 -> 75.6 and 77.0 -> 78.0; not measured here.
 """
 
 from configs import base
