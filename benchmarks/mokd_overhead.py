@@ -7,7 +7,6 @@ backward. Both are timed in turn, so that a drifting machine hits both.
 """
 
 import dataclasses
-import math
 import statistics
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from scipy.stats import quantile_test  # scipy comes with jax
 
 from ssl_kd import command
 from ssl_kd.bench import flops_of, seconds_a_call, stepper
@@ -50,13 +50,6 @@ class NetworksAlone(MOKD):
         return total, Aux(push={}, metrics={f"kept{k}": jnp.sum(x) for k, x in enumerate((*kept, *searched))})
 
 
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """95 % confidence interval of the median of 6 or more values, by their order alone: noise may be of any kind."""
-    count, ordered = len(values), sorted(values)
-    outside = next(k for k in range(count) if sum(math.comb(count, i) for i in range(k + 1)) > 0.025 * 2**count)
-    return ordered[outside - 1], ordered[count - outside]
-
-
 def main() -> None:
     run = prepare(CONFIG.value, Path("unused"))
     if not isinstance(run.recipe.method, MOKD) or run.recipe.accum > 1 or run.recipe.shuffled_groups > 1:
@@ -84,7 +77,7 @@ def main() -> None:
         seconds["whole"].append(seconds_a_call(call, budget))
         seconds["networks alone"].append(seconds_a_call(partial(networks, state, views), budget))
     overheads = [a / b - 1 for a, b in zip(*seconds.values(), strict=True)]
-    interval = median_interval(overheads)
+    interval = quantile_test(overheads).confidence_interval(0.95)  # of the median, by the order of the rounds' values
     flops = whole.flops(), flops_of(jax.jit(networks_alone).trace(state, views).jaxpr)
     figures = {
         "recipe": f"{c.name}:{c.preset}".rstrip(":"),
@@ -92,14 +85,14 @@ def main() -> None:
         "batch_size": c.batch_size,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "overhead": statistics.median(overheads),
-        "overhead_interval_95": interval,
+        "overhead_interval_95": [float(interval.low), float(interval.high)],
         "rounds": len(overheads),
         "flops": {"whole": flops[0], "networks alone": flops[1]},
     }
     console.print(
         f"whole {figures['seconds']['whole']:.3f} s, networks alone {figures['seconds']['networks alone']:.3f} s: "
-        f"overhead {100 * figures['overhead']:.1f} % (95 % interval of the median {100 * interval[0]:.1f} to "
-        f"{100 * interval[1]:.1f})"
+        f"overhead {100 * figures['overhead']:.1f} % (95 % interval of the median {100 * interval.low:.1f} to "
+        f"{100 * interval.high:.1f})"
     )
     command.write_figures(JSON.value, figures)
 

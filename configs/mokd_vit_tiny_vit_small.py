@@ -3,7 +3,7 @@
     python launch/main.py --config=configs/mokd_vit_tiny_vit_small.py[:smoke|:cifar10|:imagenet]
 
 No published number is known to us; not measured here. The small presets give them one and two attention heads.
-Embedded, 2 CPU cores: 14 images/s, so 49 min.
+Embedded, 2 CPU cores: 14 images/s, so 51 min.
 """
 
 from configs import mokd_resnet50_vit_small

@@ -132,7 +132,7 @@ def set_up_process() -> None:
         keep_freed_memory()
     kept = {
         "jax_compilation_cache_dir": str(Path.home() / ".cache" / "ssl_kd" / "xla"),
-        # Small programs too: compiling them is a fifth of a repeated smoke run's time.
+        # Small programs too: compiling them was a fifth of a run of four steps and its probes, started again.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     for option, value in kept.items():

@@ -11,7 +11,9 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ssl_kd-tests-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in workers
+    CACHE = tempfile.TemporaryDirectory(prefix="ssl_kd-tests-")  # gone with this process
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import functools

@@ -71,13 +71,23 @@ def test_the_workdir_is_named_after_recipe_preset_and_overrides(config, parse):
     assert one == workdir(f"{RECIPE}:smoke", "--config.seed=1")
 
 
-def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
-    kept = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
+def test_every_compiled_program_is_kept_unless_jaxs_variables_say_otherwise(monkeypatch):
+    options = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in options}
     command.set_up_process()
+    assert before == {name: jax.config.values[name] for name in options}
+    for name in options:
+        monkeypatch.delenv(name.upper())
+    said = {}
+    monkeypatch.setattr(command.jax.config, "update", said.__setitem__)
+    command.set_up_process()
+    assert said.keys() == set(options) and said[options[1]] == 0
+    assert said[options[0]].endswith("ssl_kd/xla")
+
+
+def test_an_idle_gpu_is_one_warning_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
     command.warn_of_idle_gpu()
-    # The environment's choice stands.
-    assert kept == (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and command.CUDA_INSTALL in warning
     assert command.CUDA_INSTALL in (ROOT / "README.md").read_text()

@@ -18,8 +18,8 @@ from ssl_kd.report import tree_bytes
 from ssl_kd.state import create_state
 
 
-def as_on_one_device(variant, **changes):
-    """The rig of eight devices and its state after two steps, which are those of one device."""
+def assert_as_on_one_device(variant, **changes):
+    """Two steps of eight devices are those of one; returns the rig of eight and its state after them."""
     a, metrics_a = rig_of(variant).run(2)
     rig = rig_of(variant, 8, **changes)
     b, metrics_b = rig.run(2)
@@ -35,13 +35,13 @@ def as_on_one_device(variant, **changes):
 @pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "rekd-neighbour", "compress-1q", "mokd", "mokd-alone"])
 def test_one_device_equals_eight(variant):
     """With groups the keys are shuffled across devices."""
-    as_on_one_device(variant)
+    assert_as_on_one_device(variant)
 
 
 @pytest.mark.parametrize("variant", ["rekd-balanced", "disco", "ressl"])
 def test_one_device_equals_eight_that_split_the_state(variant):
     """No method knows of it: with a teacher that is trained, one that is frozen, and none."""
-    rig, state = as_on_one_device(variant, sharding="fsdp")
+    rig, state = assert_as_on_one_device(variant, sharding="fsdp")
     split = state.trained, state.averaged, state.opt, rig.frozen
     kernels = [x for x in jax.tree.leaves(split) if x.size >= LEAST_SPLIT]
     assert kernels and all(8 * x.addressable_shards[0].data.size == x.size for x in kernels)

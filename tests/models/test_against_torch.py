@@ -87,7 +87,7 @@ def fixture(name: str) -> dict[str, np.ndarray]:
 
 
 def variables(name: str, size: int):
-    """With a shape alone."""
+    """Shapes of a network's variables."""
     return shapes(MODELS[name](classes=CLASSES), size)[1]
 
 
@@ -97,9 +97,9 @@ def outputs(name: str, norms) -> dict[str, np.ndarray]:
     model, x = MODELS[name](classes=CLASSES, dtype=dtype), images(56 if "dinov2" in name else 64).astype(dtype)
 
     @jax.jit
-    def forward(variables, x):
-        features = model.apply(variables, x, norm="running")
-        return features, *model.apply(variables, x, norm="batch", mutable=["batch_stats"])
+    def forward(values, x):
+        features = model.apply(values, x, norm="running")
+        return features, *model.apply(values, x, norm="batch", mutable=["batch_stats"])
 
     expected = variables(name, x.shape[1])
     theirs = torch_names(name, expected)
