@@ -48,8 +48,12 @@ def test_relation_contrast_equals_a_naive_loop(batch, rows, dim):
     rng = np.random.default_rng(rows)
     q, k, queue = unit(rng, batch, dim), unit(rng, batch, dim), unit(rng, rows, dim)
     relation = rng.random((batch, rows)) < 0.3
-    logits = contrast_logits(jnp.float32(q), jnp.float32(k), jnp.float32(queue), 0.2)
-    value = soft_cross_entropy(logits, relation_targets(jnp.asarray(relation)))
+
+    @jax.jit
+    def contrast(q, k, queue, relation):
+        return soft_cross_entropy(contrast_logits(q, k, queue, 0.2), relation_targets(relation))
+
+    value = contrast(*map(np.float32, (q, k, queue)), relation)
     np.testing.assert_allclose(value, naive_relation_contrast(q, k, queue, relation, 0.2), rtol=1e-5)
 
 
@@ -124,14 +128,14 @@ def test_dino_loss_equals_a_naive_loop_over_pairs(crops, globals_, batch, dim):
 def test_dino_loss_of_a_student_that_knows_nothing_is_the_log_of_the_width():
     """In bfloat16 too: it is computed in float32."""
     teacher = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 50)), jnp.bfloat16)
-    value = dino_loss(jnp.full((4, 3, 50), 7, jnp.bfloat16), teacher, jnp.zeros(50), 0.1, 0.04)
+    value = jax.jit(dino_loss)(jnp.full((4, 3, 50), 7, jnp.bfloat16), teacher, jnp.zeros(50), 0.1, 0.04)
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, np.log(50), rtol=1e-5)
 
 
 def test_dino_loss_and_its_gradient_are_finite_for_confident_logits():
     student = jnp.array([[[1e4, 0.0]], [[0.0, 1e4]]])
-    value, grad = jax.value_and_grad(dino_loss)(student, student, jnp.zeros(2), 0.1, 0.04)
+    value, grad = jax.jit(jax.value_and_grad(dino_loss))(student, student, jnp.zeros(2), 0.1, 0.04)
     np.testing.assert_allclose(value, 1e5, rtol=1e-6)
     np.testing.assert_allclose(grad, 5 * np.array([[[1, -1]], [[-1, 1]]]), rtol=1e-6)
 

@@ -50,7 +50,7 @@ def group_of(changes, batch_size=256, per_epoch=5, total=100):
 
 def evaluated(schedule, total):
     """A schedule's values at all steps, by the counter that optax has."""
-    values = jax.vmap(schedule)(jnp.arange(total, dtype=jnp.int32))
+    values = jax.jit(jax.vmap(schedule))(np.arange(total, dtype=np.int32))
     assert values.dtype == jnp.asarray(0.0).dtype  # float64 where that is enabled
     return np.asarray(values)
 

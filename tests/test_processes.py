@@ -69,25 +69,25 @@ def test_two_processes_killed_and_silenced_end_bit_for_bit_as_if_left_alone(tmp_
     assert a == b
 
 
-def test_processes_told_to_stop_save_together_and_go_on_as_fewer_with_a_split_state(tmp_path):
-    """Four of two devices each, then two, then one; the whole run equals one on a single device to rounding."""
+def test_processes_told_to_stop_save_together_and_go_on_as_fewer_with_a_split_state(tmp_path, capsys):
+    """Two of four devices each, then one of eight; the whole run equals one on a single device to rounding."""
     teacher = runs.begun(run_on(1, tmp_path / "teacher", "moco_v2"))
     alone = run_on(1, tmp_path / "alone", "seed", **{"teacher.source": teacher})
     fit(alone)
     workdir, log = tmp_path / "run", tmp_path / "log"
     command = line(workdir, "--method=seed", f"--teacher={teacher}", "--sharding=fsdp")
-    for count, moment in {4: "step 1/12", 2: "Resuming at step"}.items():  # in the second it compiles
-        with together(command, count, log, environment(2)) as running:
-            while moment not in log.read_text():
-                assert not over(running, 0.05), log.read_text()
-            running[count // 2].send_signal(signal.SIGTERM)
-            assert [process.wait(300) for process in running] == [128 + signal.SIGTERM] * count, log.read_text()
-        saved = Checkpoints(workdir).latest
-        assert saved == losses(workdir)[-1][0] < 12
-    assert log.read_text().count("The same command goes on from there.") == 2  # one process speaks
+    with together(command, 2, log, environment(4)) as running:
+        while "step 1/12" not in log.read_text():
+            assert not over(running, 0.05), log.read_text()
+        running[1].send_signal(signal.SIGTERM)
+        assert [process.wait(300) for process in running] == [128 + signal.SIGTERM] * 2, log.read_text()
+    saved = Checkpoints(workdir).latest
+    assert saved == losses(workdir)[-1][0] < 12
+    assert log.read_text().count("The same command goes on from there.") == 1  # one process speaks
     rest = run_on(8, workdir, "seed", **{"teacher.source": teacher, "sharding": "fsdp"})
+    capsys.readouterr()
     fit(rest)
-    assert "Resuming" in log.read_text()
+    assert f"Resuming at step {saved} of 12." in capsys.readouterr().out
     np.testing.assert_allclose(losses(alone.workdir), losses(workdir), rtol=2e-4)
     assert worst(end(alone).trained, end(rest).trained) < 2e-3
     a, b = (json.loads((w / "results.json").read_text())["student"] for w in (alone.workdir, workdir))

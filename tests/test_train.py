@@ -88,29 +88,27 @@ def test_killed_at_every_point_it_ends_bit_identical(finished, tmp_path):
     assert len(json.loads((workdir / "run.json").read_text())["sessions"]) == 5
 
 
-@pytest.mark.parametrize("moment", ["device_get", "write"])
-def test_sigterm_saves_first_and_the_same_command_goes_on(moment, finished, tmp_path, monkeypatch):
-    """The signal comes while the host waits for the device, or while it writes: where a run spends its time."""
-    run = prepared(runs.config(), tmp_path / "run")
-    owner, calls = {"device_get": (train.jax, []), "write": (train.Metrics, [])}[moment]
-    original = getattr(owner, moment)
+def test_sigterm_saves_first_and_the_same_command_goes_on(finished, tmp_path, monkeypatch):
+    """The signal comes while the host waits for the device, then while it writes: where a run spends its time."""
+    workdir, saved = tmp_path / "run", 0
+    for owner, moment in ((train.jax, "device_get"), (train.Metrics, "write")):
+        calls, original = [], getattr(owner, moment)
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
+        def interrupted(*args, calls=calls, original=original):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return original(*args)
 
-    monkeypatch.setattr(owner, moment, interrupted)
-    with pytest.raises(SystemExit) as stop:
-        fit(run)
-    monkeypatch.undo()
-    assert stop.value.code == 128 + signal.SIGTERM
-    saved = Checkpoints(run.workdir).latest
-    assert saved is not None and 4 <= saved < 12
-    assert max(m["step"] for m in metrics(run.workdir)) == saved
-    fit(prepared(runs.config(), run.workdir))
-    assert array_digest(final_state(run.workdir)) == array_digest(final_state(finished))
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(owner, moment, interrupted)
+            fit(prepared(runs.config(), workdir))
+        assert stop.value.code == 128 + signal.SIGTERM
+        before, saved = saved, Checkpoints(workdir).latest
+        assert before + 4 <= saved < 12
+        assert max(m["step"] for m in metrics(workdir)) == saved
+    fit(prepared(runs.config(), workdir))
+    assert array_digest(final_state(workdir)) == array_digest(final_state(finished))
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -262,9 +260,10 @@ def test_load_embeds_images_in_three_lines(finished):
     images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8)
     features = apply(params, images)
     assert features.shape == (5, load_network(finished).spec.backbone().pooled_dim)
-    np.testing.assert_allclose(apply(params, images[2:3])[0], features[2], rtol=1e-4, atol=1e-5)  # rows are independent
+    one = jax.jit(apply)(params, images[2:3])  # rows are independent
+    np.testing.assert_allclose(one[0], features[2], rtol=1e-4, atol=1e-5)
     other, teacher = load(finished, "teacher", step=9)
-    assert other(teacher, images).shape[0] == 5
+    assert jax.jit(other)(teacher, images).shape[0] == 5
 
 
 def test_load_names_what_is_missing(finished, tmp_path):

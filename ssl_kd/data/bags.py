@@ -55,12 +55,11 @@ def mine(
     found = np.empty((count, neighbours), np.int32)
 
     def rows(start: int) -> jax.Array:
-        some = jnp.asarray(features[start : start + block], jnp.float32)
-        return jnp.pad(some, ((0, block - len(some)), (0, 0)))
+        return _whole_block(features[start : start + block], block)
 
     for start in range(0, count, block):
-        query = normalize(rows(start))
-        nearest = jnp.full((block, neighbours), -jnp.inf), jnp.zeros((block, neighbours), jnp.int32)
+        query = rows(start)
+        nearest = np.full((block, neighbours), -np.inf, np.float32), np.zeros((block, neighbours), np.int32)
         for other in range(0, count, block):
             bank = rows(other)  # sent while the device works on the one before, which must not fall further behind
             nearest = _merge(jax.block_until_ready(nearest), query, bank, start, other, count)
@@ -80,6 +79,12 @@ def require_neighbours(neighbours: int, count: int) -> None:
         )
 
 
+@functools.partial(jax.jit, static_argnames="block")
+def _whole_block(rows: np.ndarray | jax.Array, block: int) -> jax.Array:
+    """Rows of length 1, float32 (block, D); zeros after the last image."""
+    return normalize(jnp.pad(rows.astype(jnp.float32), ((0, block - len(rows)), (0, 0))))
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _merge(
     nearest: tuple[jax.Array, jax.Array], query_QxD: jax.Array, bank_RxD: jax.Array, start, other, count
@@ -91,7 +96,7 @@ def _merge(
     k = nearest[0].shape[1]
     itself = start + jnp.arange(len(query_QxD))
     index = other + jnp.arange(len(bank_RxD))
-    sims_QxR = similarity(query_QxD, normalize(bank_RxD))
+    sims_QxR = similarity(query_QxD, bank_RxD)
     sims_QxR = jnp.where((index == itself[:, None]) | (index >= count), -jnp.inf, sims_QxR)
     sims, columns = jax.lax.top_k(sims_QxR, min(k, len(bank_RxD)))
     sims = jnp.concatenate([nearest[0], sims], axis=1)

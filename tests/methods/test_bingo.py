@@ -55,6 +55,12 @@ def test_bingo(golden, exact, phase, monkeypatch):
 @precisions
 def test_logits_and_the_loss_that_skips_them(golden, exact):
     """`contrasts` is InfoNCE over the authors' logits, which it never writes down."""
+
+    @jax.jit
+    def both(s, positives, queue, temperature):
+        logits = [contrast_logits(s, t, queue, temperature) for t in positives]
+        return logits, [info_nce(rows) for rows in logits], contrasts(s, positives, queue, temperature)
+
     with jax.enable_x64(exact):
         check = Check(golden("bingo_loss"), exact)
         temperature = float(check.fixture["hp_T"])
@@ -63,13 +69,9 @@ def test_logits_and_the_loss_that_skips_them(golden, exact):
             s = normalize(check.array(f"in_{name}_raw", call))
             positives = [check.array(f"in_t_{image}_raw", call) for image in ("anchor", "neighbour")]
             positives = normalize(jnp.stack(positives))
-            logits = [contrast_logits(s, t, queue, temperature) for t in positives]
+            logits, expected, found = both(s, positives, queue, temperature)
             check.equal(jnp.stack(logits, axis=1), f"out_logits_{name[2:]}", call)
-            np.testing.assert_allclose(
-                contrasts(s, positives, queue, temperature),
-                [info_nce(rows) for rows in logits],
-                rtol=1e-12 if exact else 2e-6,
-            )
+            np.testing.assert_allclose(found, expected, rtol=1e-12 if exact else 2e-6)
 
 
 # --- what meets in the loss
@@ -137,13 +139,19 @@ def naive(method, epoch, nets, views, memory, key):
 def test_the_loss_equals_a_naive_loop(epoch, late_weight):
     method = BINGO(queue=K, late_weight=late_weight)
     nets, views, memory, context = setting(method, epoch)
-    loss, aux = method.loss(nets, views, memory, context)
+
+    @jax.jit
+    def outcome(memory):
+        loss, aux = method.loss(nets, views, memory, context)
+        return loss, aux.metrics, aux.push
+
+    loss, metrics, push = outcome(memory)
     terms, key = naive(method, epoch, nets, views, memory, context.key)
-    assert set(aux.metrics) == set(terms)
+    assert set(metrics) == set(terms)
     for name, value in terms.items():
-        np.testing.assert_allclose(aux.metrics[name], value, rtol=1e-5)
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
     np.testing.assert_allclose(loss, sum(terms.values()) / 3, rtol=1e-5)
-    np.testing.assert_allclose(aux.push["teacher"], key, atol=1e-6)
+    np.testing.assert_allclose(push["teacher"], key, atol=1e-6)
 
 
 @pytest.mark.parametrize("single_epochs", [1, 2, 11])

@@ -182,7 +182,6 @@ def test_thead(golden, exact, kind):
                     assert np.abs(key_bias).max() < (1e-13 if exact else 1e-5)
 
 
-@jax.jit
 def search_loss(student, teacher, student_temperature, teacher_temperature):
     return soft_cross_entropy(student / student_temperature, jax.nn.softmax(teacher / teacher_temperature))
 
@@ -219,7 +218,7 @@ def test_dino_loss(golden, exact):
             check.equal(centre[None], "out_center_after", call)
 
         rows = check.array("in_search_student"), check.array("in_search_teacher")
-        value, grad = jax.value_and_grad(search_loss)(*rows, *temperatures)
+        value, grad = jax.jit(jax.value_and_grad(search_loss))(*rows, *temperatures)
         check.equal(value, "out_search_loss")
         check.equal(grad, "grad_search_student")
 
@@ -364,7 +363,9 @@ def test_mokd_total(golden):
             return losses["cnn"][-1] + losses["vit"][-1], (losses, outputs, (first, expected), aux.push)
 
         students = {name: array for name, array in inputs.items() if "_s_" in name}
-        (_, (losses, outputs, (first, expected), push)), grads = jax.value_and_grad(total, has_aux=True)(students)
+        (_, (losses, outputs, (first, expected), push)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(
+            students
+        )
         np.testing.assert_allclose(first, expected, rtol=1e-12)
         for m, (self_terms, cross_term, search_term, whole) in losses.items():
             both = sum(check.fixture[f"f64_out_loss_{term}_{m}"] for term in ("sm", "st"))

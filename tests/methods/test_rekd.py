@@ -132,12 +132,23 @@ def context():
     return Context(step=0, epoch=zero, progress=zero, key=None, index=index, label=index % 3)
 
 
+def loss_of(method, nets, memory):
+    """The loss and what is pushed."""
+
+    @jax.jit
+    def outcome(memory):
+        loss, aux = method.loss(nets, {"query": None, "key": None}, memory, context())
+        return loss, aux.push
+
+    return outcome(memory)
+
+
 def test_response_knowledge_is_seed_with_the_online_teacher():
     method = ReKD(queue=K, knowledge="response", teacher="frozen", warmup=0.0, teacher_temperature=0.07)
     memory = method.init(jax.random.key(0), dict.fromkeys(("student", "teacher"), NetworkSpec("resnet18", dim=D)))
     q, k, u = unit(1, B, D), unit(2, B, D), unit(3, B, D)
     nets = types.SimpleNamespace(student=Fixed(q), student_momentum=Fixed(k), teacher=Fixed(u))
-    loss, _ = method.loss(nets, {"query": None, "key": None}, memory, context())
+    loss, _ = loss_of(method, nets, memory)
     queue = np.asarray(memory.queue.rows["teacher"])
     total = 0.0
     for i in range(B):
@@ -155,13 +166,13 @@ def test_online_loss_adds_the_weighted_info_nce_of_the_teacher():
     nets = types.SimpleNamespace(
         student=Fixed(q), student_momentum=Fixed(k), teacher=Fixed(t), teacher_momentum=Fixed(u)
     )
-    loss, aux = method.loss(nets, {"query": None, "key": None}, memory, context())
+    loss, push = loss_of(method, nets, memory)
     queue = memory.queue.rows
     expected = info_nce(contrast_logits(q, k, queue["key"], 0.2)) + 0.5 * info_nce(
         contrast_logits(t, u, queue["teacher"], 0.2)
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    assert set(aux.push) >= {"key", "teacher", "prototype", "label"}
+    assert set(push) >= {"key", "teacher", "prototype", "label"}
 
 
 def test_update_keeps_the_queue_aligned_and_drops_ids_whose_prototype_changed():
@@ -176,7 +187,7 @@ def test_update_keeps_the_queue_aligned_and_drops_ids_whose_prototype_changed():
         "filled": jnp.ones(4, jnp.int32),
         "label": jnp.arange(4),
     }
-    after = method.update(memory.replace(queue=queue, bank=bank), push, None)
+    after = jax.jit(lambda memory: method.update(memory, push, None))(memory.replace(queue=queue, bank=bank))
     expected = np.where(np.arange(K) % 3 == 2, -1, np.arange(K) % 3)
     expected[:4] = push["prototype"]
     np.testing.assert_array_equal(after.queue.rows["prototype"], expected)

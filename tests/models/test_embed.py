@@ -65,7 +65,8 @@ def test_calibrated_statistics_are_those_of_the_batch():
     spec = NetworkSpec("tiny", width=0.125, stem="small_s2", dim=4, bn_groups=2)
     variables = drawn_network(spec, 0, 12)
     images = Images.whole(RNG.integers(0, 256, (32, 12, 12, 3), np.uint8))
-    stats = batch_calibrated(spec, variables, images, 12)["batch_stats"]["backbone"]["bn1"]
+    calibrated = jax.jit(lambda variables, images: batch_calibrated(spec, variables, images, 12))(variables, images)
+    stats = calibrated["batch_stats"]["backbone"]["bn1"]
     x = (images.pixels / 255 - np.array((0.485, 0.456, 0.406))) / np.array((0.229, 0.224, 0.225))
     y = jax.lax.conv_general_dilated(
         x.astype(np.float32),
@@ -82,6 +83,6 @@ def test_calibrated_statistics_are_those_of_the_batch():
 def test_a_feature_does_not_depend_on_the_images_beside_it():
     spec = NetworkSpec("tiny", width=0.125, stem="small_s2", dim=4)
     variables = drawn_network(spec, 0, 12)
-    apply = pooled_features(spec, 12)
+    apply = jax.jit(pooled_features(spec, 12))
     images = Images.whole(RNG.integers(0, 256, (5, 12, 12, 3), np.uint8))
     np.testing.assert_allclose(apply(variables, images)[3:4], apply(variables, images[3:4]), rtol=1e-4, atol=1e-6)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ def test_linear_initialisation_is_torchs_uniform():
 def test_dino_head_starts_as_released():
     """Normal with deviation .02 and no biases, but a last layer as torch makes it, of norm 1."""
     head = DINOHead(fixed_norm=False, hidden=100, bottleneck=50, out=200)
-    params = head.init(jax.random.key(0), jnp.zeros((1, 100)), norm="batch")["params"]
+    params = jax.jit(partial(head.init, norm="batch"))(jax.random.key(0), jnp.zeros((1, 100)))["params"]
     for name in ("fc1", "fc2", "fc3"):
         np.testing.assert_allclose(params[name]["kernel"].std(), 0.02, rtol=0.1)
         np.testing.assert_array_equal(params[name]["bias"], 0)
@@ -81,6 +83,7 @@ def test_batch_norm_groups_reach_the_regression_head():
     head = RegressionHead(out=2)
     variables = head.init(jax.random.key(0), x, norm="batch")
 
+    @partial(jax.jit, static_argnums=0)
     def predict(bn_groups, x):
         return head.clone(bn_groups=bn_groups).apply(variables, x, norm="batch", mutable=["batch_stats"])[0]
 

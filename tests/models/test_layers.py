@@ -96,6 +96,7 @@ def test_winograd_errs_no_more_than_the_convolution_in_float32():
         out, pull = jax.vjp(convolve, x.astype(dtype), kernel.astype(dtype))
         return out, *pull(jnp.sin(jnp.arange(out.size, dtype=dtype)).reshape(out.shape))
 
+    results = jax.jit(results, static_argnums=(0, 1))
     with jax.enable_x64(True):
         exact = map(np.asarray, results(lambda x, w: reference_conv(x, w, 1, 1), jnp.float64))
     for got, want in zip(results(lambda x, w: convolve(x, w, padding=1), jnp.float32), exact, strict=True):
@@ -178,12 +179,18 @@ def test_conv_kernel_variance_is_two_over_fan_out():
 @pytest.mark.parametrize(("window", "stride", "padding"), [(2, 2, 0), (3, 2, 0), (3, 2, 1)])
 def test_max_pool_equals_reduce_window_in_value_and_gradient(monkeypatch, window, stride, padding):
     x = normal((2, 7, 8, 3)) - 3  # negative values: padding must never win
-    out, pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+
+    def value_and_gradient(x):
+        out, pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+        return out, *pull(out)
+
+    out, gradient = jax.jit(value_and_gradient)(x)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert "reduce_window" in str(jax.make_jaxpr(lambda x: max_pool(x, window, stride, padding))(x))
-    want, want_pull = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+    traced = jax.jit(lambda x: value_and_gradient(x)).trace(x)
+    assert "reduce_window" in str(traced.jaxpr)
+    want, expected = traced.lower().compile()(x)
     np.testing.assert_array_equal(out, want)
-    np.testing.assert_allclose(pull(out)[0], want_pull(out)[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
 def run_batch_norm(golden, prefix, dtype):
@@ -201,9 +208,12 @@ def run_batch_norm(golden, prefix, dtype):
             variables = {"params": params, "batch_stats": stats}
             return layer.apply(variables, x, norm="batch", mutable=["batch_stats"])
 
-        out, pull, updates = jax.vjp(forward, params, x[batch], has_aux=True)
-        stats = updates["batch_stats"]
-        grad_params, grad_x = pull(cotangent[batch])
+        @jax.jit
+        def trained(params, x, cotangent, forward=forward):
+            out, pull, updates = jax.vjp(forward, params, x, has_aux=True)
+            return out, updates["batch_stats"], *pull(cotangent)
+
+        out, stats, grad_params, grad_x = trained(params, x[batch], cotangent[batch])
         row = (out.transpose(0, 3, 1, 2), grad_x.transpose(0, 3, 1, 2), grad_params["scale"], grad_params["bias"])
         for name, value in zip(RESULTS, (*row, stats["mean"], stats["var"]), strict=True):
             results[name].append(value)

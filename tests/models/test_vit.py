@@ -200,18 +200,19 @@ def test_registers_get_no_positions_and_stand_between_class_and_patches():
 
 def test_layer_scale_multiplies_both_branches():
     block, x = Block(heads=1, layer_scale=0.5), normal((3, 2, 4))
+    apply = jax.jit(lambda block, variables, *args: block.apply(variables, *args), static_argnums=0)
     variables = variables_of(block, x)
-    started = block.init(jax.random.key(0), x)["params"]
+    started = jax.jit(block.init)(jax.random.key(0), x)["params"]
     for name in ("ls1", "ls2"):
         np.testing.assert_array_equal(started[name]["gamma"], jnp.full(4, 0.5))
         variables["params"][name]["gamma"] = jnp.ones(4)
     plain = {name: layer for name, layer in variables["params"].items() if not name.startswith("ls")}
-    np.testing.assert_array_equal(block.apply(variables, x), Block(heads=1).apply({"params": plain}, x))
+    np.testing.assert_array_equal(apply(block, variables, x), apply(Block(heads=1), {"params": plain}, x))
     variables["params"]["ls2"]["gamma"] = jnp.zeros(4)
-    without_mlp = Block(heads=1).apply({"params": plain}, x, jnp.array([[1.0] * 3, [0.0] * 3]))
-    np.testing.assert_array_equal(block.apply(variables, x), without_mlp)
+    without_mlp = apply(Block(heads=1), {"params": plain}, x, jnp.array([[1.0] * 3, [0.0] * 3]))
+    np.testing.assert_array_equal(apply(block, variables, x), without_mlp)
     variables["params"]["ls1"]["gamma"] = jnp.zeros(4)
-    np.testing.assert_array_equal(block.apply(variables, x), x)
+    np.testing.assert_array_equal(apply(block, variables, x), x)
 
 
 def test_classes_add_a_classifier_of_the_class_token():
@@ -246,9 +247,14 @@ def test_drop_path_rises_linearly_over_the_blocks():
 def test_nothing_is_dropped_unless_asked():
     model, x = tiny(drop_path=0.5), normal((8, 4, 4, 3))
     variables = variables_of(model, x, norm="batch")
-    still = model.apply(variables, x, norm="batch").pooled
-    np.testing.assert_array_equal(tiny().apply(variables, x, norm="batch", dropout=True).pooled, still)
-    dropped = model.apply(variables, x, norm="batch", dropout=True, rngs={"dropout": jax.random.key(0)}).pooled
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def pooled(model, asked, **rngs):
+        return model.apply(variables, x, norm="batch", dropout=asked, rngs=rngs).pooled
+
+    still = pooled(model, False)
+    np.testing.assert_array_equal(pooled(tiny(), True), still)
+    dropped = pooled(model, True, dropout=jax.random.key(0))
     assert np.abs(dropped - still).max() > 1e-3
     with pytest.raises(flax.errors.InvalidRngError, match="dropout"):  # the stream it would need
         model.apply(variables, x, norm="batch", dropout=True)
