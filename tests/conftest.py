@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # as it is in workers
-    CACHE = tempfile.TemporaryDirectory(prefix="ssl_kd-tests-")  # gone with this process
+    CACHE = tempfile.TemporaryDirectory(prefix="ssl_kd-tests-", ignore_cleanup_errors=True)  # gone with this process
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
