@@ -68,8 +68,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
             "ResNet-18 alone (MOKD)": ("mokd_resnet18_resnet50", ALONE),
             "ResNet-50 alone (MOKD)": ("mokd_resnet18_resnet50", [*ALONE, "--config.student.name=resnet50"]),
             "MOKD": ("mokd_resnet18_resnet50", []),
+            "ViT-Ti alone (MOKD)": ("mokd_vit_tiny_vit_small", ["--config.method.teacher=none"]),
+            "MOKD, ResNet-18 with ViT-Ti": ("mokd_resnet50_vit_small", []),
         },
-        "others": {"MOKD": "teacher_momentum"},
+        "others": dict.fromkeys(("MOKD", "MOKD, ResNet-18 with ViT-Ti"), "teacher_momentum"),
     },
     "cifar10-full": {
         "preset": ":cifar10",

@@ -197,6 +197,7 @@ def test_alexnets_layers_have_their_names_and_the_published_sizes(name, stem, si
     found = jax.eval_shape(probe.layers, variables, jax.ShapeDtypeStruct((4, size, size, 3), jnp.float32))
     assert [x.shape for x in found] == [(4, *shape) for shape in shapes]
     assert layerwise.layer_names(spec, len(found)) == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc7"]
+    assert layerwise.layer_names(NetworkSpec("tiny"), 2) == ["stage 1", "pooled"]
 
 
 def test_a_half_precision_network_is_judged_in_full(planted):
