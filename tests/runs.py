@@ -49,9 +49,9 @@ def config(variant: str = "rekd", **changes):
     return c
 
 
-def prepared(config, workdir: Path) -> Run:
+def prepared(config, workdir: Path, **options) -> Run:
     """A run on one device: the loop does not care, and it compiles in half the time."""
-    run = prepare(config, workdir)
+    run = prepare(config, workdir, **options)
     run.mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
     return run
 

@@ -156,7 +156,7 @@ def test_a_run_with_a_cache_ends_and_another_shares_it(tmp_path, monkeypatch):
         tiny = cached_config("simreg")
         c.method, c.student, c.teacher, c.epochs = tiny.method, tiny.student, tiny.teacher, 2.0
         c.teacher.cache_path = str(tmp_path / "features")
-        return prepare(c, tmp_path / name, untrained=True)
+        return runs.prepared(c, tmp_path / name, untrained=True)
 
     first = run("one")
     assert first.cached_views == ("image",)
