@@ -96,7 +96,6 @@ def die_after_save_began() -> None:
 
 KILLS = {
     "metrics of step 2": lambda: die_before(Metrics, "write", 2),
-    "before the save of step 6": lambda: die_before(Checkpoints, "save", 2),
     "while step 9 is being written": die_after_save_began,
     "final probe": lambda: die_before(train.Judge, "final", 1),
 }

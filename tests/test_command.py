@@ -115,8 +115,9 @@ def test_the_smoke_recipe_trains_evaluates_and_knows_it_is_done(tmp_path):
 
 
 def test_dry_run_prints_parameters_memory_and_time_and_writes_nothing(tmp_path):
-    done = launch("main", f"{RECIPE}:smoke", *SMALL, "--dry_run", cwd=tmp_path)
+    recipe = f"--config={ROOT}/configs/moco_v2_alexnet.py:smoke"
+    done = launch("main", recipe, *SMALL, "--dry_run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("student", "teacher_momentum", "parameters", "MiB", "GFLOP", "min at"):
+    for word in ("student", "student_momentum", "parameters", "MiB", "GFLOP", "min at"):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []
