@@ -32,7 +32,7 @@ def assert_as_on_one_device(variant, **changes):
     return rig, b
 
 
-@pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "rekd-neighbour", "mokd"])
+@pytest.mark.parametrize("variant", [*GROUPS, "moco_v2", "mokd"])
 def test_one_device_equals_eight(variant):
     """With groups the keys are shuffled across devices."""
     assert_as_on_one_device(variant)

@@ -2,7 +2,7 @@
 
 `python benchmarks/model_fixtures.py` records. Weights and images are its formulas: a weight is a function of its name
 there, so that one taken for another of the same shape shows. Without torch, the networks of WITH_TORCH are checked by
-their parameter counts alone: all would take too long to compile.
+their parameter counts alone, for others have each of their parts: all would take too long to compile.
 """
 
 import re
@@ -31,6 +31,7 @@ NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.npz") if path.s
 # The deepest, and those that are a table's line away from another.
 WITH_TORCH = {"efficientnet_b1", "mobilenet_v3_large", "resnet34", "resnet50w2", "resnet101", "resnet152"}
 WITH_TORCH |= {"tf_efficientnet_b1", "vit_small", "vit_base", "vit_base_dinov2", "vit_base_reg4_dinov2"}
+WITH_TORCH |= {"mobilenet_v3_small_tv", "shufflenet_v2_x0_5", "tf_efficientnet_lite0"}
 # Batch statistics of 16 values in a hundred layers enlarge float32's rounding to 3e-4 and 8e-4, here as in torch.
 IN_FLOAT64 = {"resnet101", "resnet152"}
 # With 1000 classes, as torchvision's documentation and timm's tables have them.
