@@ -2,7 +2,7 @@
 
 `python benchmarks/model_fixtures.py` records. Weights and images are its formulas: a weight is a function of its name
 there, so that one taken for another of the same shape shows. Without torch, the networks of WITH_TORCH are checked by
-their parameter counts alone, for others have each of their parts: all would take too long to compile.
+their parameter counts alone: others have each of their parts, and all would take too long to compile.
 """
 
 import re
