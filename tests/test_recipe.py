@@ -49,7 +49,7 @@ def test_every_recipe_builds(name, preset):
     assert (config.name, config.preset) == (name, preset)
     recipe = make_recipe(config, 1_281_167)
     assert set(recipe.specs) == {*recipe.method.trained, *recipe.method.frozen, *recipe.method.averaged}
-    for spec in set(recipe.specs.values()) if preset in ("", "imagenet") else ():  # others differ in sizes alone
+    for spec in set(recipe.specs.values()) if preset in ("", "imagenet") else ():  # other presets: other sizes
         assert set(widths(spec, config.image_size)) == {spec.dim}
 
 

@@ -144,7 +144,7 @@ def test_every_backbone_is_compared():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts_are_torchs_and_the_published(name):
-    size = 518 if "dinov2" in name else 224 if name.startswith(("vit", "alexnet")) else 64  # where it counts
+    size = 518 if "dinov2" in name else 224 if name.startswith(("vit", "alexnet")) else 64  # the others' hang on none
     count = sum(leaf.size for leaf in jax.tree.leaves(variables(name, size)["params"]))
     assert count == fixture(name)["count"]
     assert count == PUBLISHED.get(name, count)
