@@ -101,13 +101,11 @@ def survive(
     log: Path,
     processes: int = 2,
     env: Mapping[str, str] | None = None,
-    signals: Sequence[signal.Signals] = SIGNALS,
     sign: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a command again and again until it ends well, and hurts one process of each of its first `kills` attempts.
 
     Args:
-      signals: what is done, one after the other.
       longest: an attempt is hurt at a random time before so many seconds.
       sign: a file; that time counts from when an attempt has written it, else from its start.
 
@@ -129,7 +127,7 @@ def survive(
             if len(done) < kills:
                 while sign is not None and written() == before and not over(running, 0.0):
                     time.sleep(0.02)
-                what = signals[len(done) % len(signals)]
+                what = SIGNALS[len(done) % len(SIGNALS)]
                 seconds, who = draw.uniform(0, longest), draw.randrange(processes)
                 if not over(running, seconds):
                     running[who].send_signal(what)

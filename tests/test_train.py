@@ -148,11 +148,6 @@ def test_settings_outside_the_mathematics_may_change(copy):
     assert "knn3" in results["student"]
 
 
-def test_streaming_trains_exactly_as_resident(finished, tmp_path):
-    fit(prepared(runs.config(**{"data.resident": "off"}), tmp_path / "run"))
-    assert array_digest(final_state(tmp_path / "run")) == array_digest(final_state(finished))
-
-
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(finished, copy, capsys):
     """What it held is trained again, to the same end."""
     (copy / "results.json").unlink()
@@ -193,14 +188,18 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_checkpoints_before(copy, monk
         checkpoint.write_json(copy / "results.json", {})
 
 
-def test_a_frozen_teacher_comes_from_a_run_and_its_digest_is_recorded(finished, tmp_path):
+def test_a_frozen_teacher_comes_from_a_run_and_another_is_refused(finished, copy, tmp_path):
     config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
-    run = prepared(config, tmp_path)
+    run = prepared(config, tmp_path / "student")
     assert run.recipe.method.teacher == "frozen"
     assert run.recipe.specs["teacher"] == load_network(finished).spec  # architecture as trained, not as configured
     fit(run)
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "student" / "run.json").read_text())
     assert record["identity"]["teacher.digest"] == load_network(finished).digest
+    shutil.rmtree(copy / "checkpoints" / "12")  # its newest is now step 9: other weights
+    config.teacher.source = f"workdir:{copy}"
+    with pytest.raises(UserError, match=r"teacher\.digest"):
+        fit(prepared(config, tmp_path / "student"))
 
 
 @pytest.mark.parametrize(("maker", "learner"), [("ressl", "disco"), ("mokd-alone", "simreg")])
@@ -210,16 +209,6 @@ def test_what_needs_no_teacher_makes_one(maker, learner, tmp_path):
     assert run.recipe.specs["teacher"] == load_network(tmp_path / "teacher").spec
     made = jax.device_get(teacher.create_now()).trained["student"]
     assert array_digest(run.frozen()["teacher"]["params"]) == array_digest(made)
-
-
-def test_another_teacher_is_refused(finished, copy, tmp_path):
-    config = runs.config(epochs=0.5, **{"teacher.source": f"workdir:{finished}"})
-    workdir = tmp_path / "student"
-    fit(prepared(config, workdir))
-    shutil.rmtree(copy / "checkpoints" / "12")  # its newest is now step 9: other weights
-    config.teacher.source = f"workdir:{copy}"
-    with pytest.raises(UserError, match=r"teacher\.digest"):
-        fit(prepared(config, workdir))
 
 
 def test_a_student_may_start_from_a_run(finished, tmp_path):
@@ -305,7 +294,7 @@ def test_unlabelled_data_trains_and_reports_what_needs_no_labels(tmp_path, monke
         return source
 
     monkeypatch.setattr("ssl_kd.run.open_source", unlabelled)
-    run = prepared(runs.config(epochs=0.5, **{"probe.every_epochs": 0.2}), tmp_path)
+    run = prepared(runs.config("moco_v2", epochs=0.5, **{"probe.every_epochs": 0.2}), tmp_path)
     results = fit(run)
     assert set(results["student"]) == {"feature_std", "effective_rank", "nn_consistency", "nn_chance"}
     assert results["student"]["nn_chance"] == 10 / 39 and 0 < results["student"]["nn_consistency"] <= 1

@@ -27,6 +27,7 @@ CHEAP = [
     "--config.data.train=train[:128]",
     "--config.data.test=test[:40]",
     "--config.batch_size=16",
+    "--config.bn_groups=1",
     "--config.epochs=1",
     "--config.log_every=1",
     "--config.probe.every_epochs=0",

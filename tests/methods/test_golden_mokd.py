@@ -146,7 +146,7 @@ def channels_last(maps):
 def test_thead(golden, kind, exact):
     """Both grids, the 2×2 one by interpolated positions; without a query and with one.
 
-    float32, the same code for both kinds, is shown by one.
+    float32, the same code for both kinds and grids, is shown by one.
     """
     with jax.enable_x64(exact):
         check = HeadCheck(golden(f"mokd_thead_{kind}"), exact)
@@ -165,7 +165,7 @@ def test_thead(golden, kind, exact):
             return value + jnp.sum(y * cotangent), (y, pool)
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
-        for size, side in (("full", 3), ("small", 2)):
+        for size, side in (("full", 3), ("small", 2))[: 2 if exact else 1]:
             x = check.array(f"in_x_{size}")
             check.equal(interpolate_positions(params["pos_embed"], (side, side)), f"out_pos_embed_{size}")
             for asked in (None, query):

@@ -31,7 +31,7 @@ NAMES = sorted(path.stem for path in (GOLDEN / "models").glob("*.npz") if path.s
 # The deepest, and those that are a table's line away from another.
 WITH_TORCH = {"efficientnet_b1", "mobilenet_v3_large", "resnet34", "resnet50w2", "resnet101", "resnet152"}
 WITH_TORCH |= {"tf_efficientnet_b1", "vit_small", "vit_base", "vit_base_dinov2", "vit_base_reg4_dinov2"}
-WITH_TORCH |= {"mobilenet_v3_small_tv", "shufflenet_v2_x0_5", "tf_efficientnet_lite0"}
+WITH_TORCH |= {"mobilenet_v3_small_tv", "shufflenet_v2_x0_5", "efficientnet_lite0", "tf_efficientnet_lite0"}
 # Batch statistics of 16 values in a hundred layers enlarge float32's rounding to 3e-4 and 8e-4, here as in torch.
 IN_FLOAT64 = {"resnet101", "resnet152"}
 # With 1000 classes, as torchvision's documentation and timm's tables have them.

@@ -449,7 +449,7 @@ def test_a_begun_run_needs_the_file_of_a_frozen_network_alone(tiny_file, tmp_pat
     for copy in (student, teacher):
         shutil.copy(path, copy)
     sources = {"student.source": f"file:{student}", "teacher.source": f"file:{teacher}"}
-    config = runs.config(epochs=0.5, **sources)
+    config = runs.config("seed", epochs=0.5, **sources)
     results = fit(runs.prepared(config, workdir))
     student.unlink()
     again = runs.prepared(config, workdir)
@@ -464,11 +464,11 @@ def test_a_begun_run_needs_the_file_of_a_frozen_network_alone(tiny_file, tmp_pat
 
     with pytest.raises(UserError, match=r"^student\.source: there is no file"):
         runs.prepared(config, tmp_path / "another")
-    moved = runs.config(epochs=0.5, **sources | {"student.source": "file:elsewhere"})
+    moved = runs.config("seed", epochs=0.5, **sources | {"student.source": "file:elsewhere"})
     with pytest.raises(UserError, match=r"^student\.source: there is no file elsewhere"):
         runs.prepared(moved, workdir)
     with pytest.raises(UserError, match=r"student\.mean \(.* there, .* now\)"):
-        fit(runs.prepared(runs.config(epochs=0.5, **sources, **{"student.mean": (0.1,) * 3}), workdir))
+        fit(runs.prepared(runs.config("seed", epochs=0.5, **sources, **{"student.mean": (0.1,) * 3}), workdir))
     teacher.unlink()
     with pytest.raises(UserError, match=r"^teacher\.source, which a frozen network needs .*: there is no file"):
         runs.prepared(config, workdir)
