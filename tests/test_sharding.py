@@ -38,9 +38,9 @@ def test_one_device_equals_eight(variant):
     assert_as_on_one_device(variant)
 
 
-@pytest.mark.parametrize("variant", ["rekd-balanced", "ressl"])
+@pytest.mark.parametrize("variant", ["rekd-balanced", "disco"])
 def test_one_device_equals_eight_that_split_the_state(variant):
-    """No method knows of it: with a teacher that is trained, and none; test_processes.py has one that is frozen."""
+    """No method knows of it: with a teacher that is trained, and one that is frozen."""
     rig, state = assert_as_on_one_device(variant, sharding="fsdp")
     split = state.trained, state.averaged, state.opt, rig.frozen
     kernels = [x for x in jax.tree.leaves(split) if x.size >= LEAST_SPLIT]

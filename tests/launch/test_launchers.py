@@ -274,8 +274,8 @@ def slurm(tmp_path):
         "PATH": path_with(records / "bin"),
     }
 
-    def slurm(*arguments, timeout=60, **env):
-        return execute("bash", "launch/slurm.sbatch", *arguments, cwd=clone, timeout=timeout, **{**job_env, **env})
+    def slurm(*arguments, **env):
+        return execute("bash", "launch/slurm.sbatch", *arguments, cwd=clone, **{**job_env, **env})
 
     slurm.clone, slurm.records, slurm.env = clone, records, job_env
     return slurm
