@@ -49,10 +49,15 @@ def test_two_models_of_a_kind_teach_each_other(names):
         stem = "small" if name == "tiny_vit" else "small_s2"
         config[role].update(name=name, width=0.5, stem=stem, drop_path=0.0)
     rig, rows = Rig(config), np.arange(16, dtype=np.int32)
-    batch = {"index": rows, "image": rig.data.image[rows], "label": rows}
-    outcome_and_gradient = jax.jit(TrainStep(rig.recipe, rig.mesh).micro, static_argnums=4)
-    (loss, (_, metrics, _)), grads = outcome_and_gradient(rig.create(), rig.frozen, batch, None, 0)
-    assert all(np.isfinite(value) and value > 0 for value in (loss, *metrics.values()))
+    step, state = TrainStep(rig.recipe, rig.mesh), rig.create()
+    shapes = jax.eval_shape(lambda: step.views(0, {"image": rig.data.image[rows]}, rows))
+    views = {name: np.random.default_rng(i).random(x.shape, x.dtype) for i, (name, x) in enumerate(shapes.items())}
+
+    def loss(trained):
+        return step.loss(trained, state, rig.frozen, views, step.context(state, {"index": rows, "label": rows}, 0))
+
+    (value, (_, metrics, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trained)
+    assert all(np.isfinite(value) and value > 0 for value in (value, *metrics.values()))
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(gradient).all() and np.any(gradient), jax.tree_util.keystr(path)
 

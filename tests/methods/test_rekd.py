@@ -210,7 +210,7 @@ def test_rekd_needs_positives_before_it_reports_precision():
 def test_relation_health_closed_forms():
     label, queue_label = jnp.array([0, 1]), jnp.array([0, 0, 1, -1])
     relation = jnp.array([[True, False, True, True], [False, False, False, False]])
-    health = relation_health(relation, label, queue_label)
+    health = jax.jit(relation_health)(relation, label, queue_label)
     np.testing.assert_allclose(health["positives"], 1.5, rtol=1e-6)
     np.testing.assert_allclose(health["relation_precision"], 0.5, rtol=1e-6)
     soft = relation_health(jnp.array([[0.75, 0.0, 0.25, 0.0]]), label[:1], queue_label)

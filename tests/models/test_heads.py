@@ -81,7 +81,7 @@ def test_a_fixed_norm_is_no_parameter():
 def test_batch_norm_groups_reach_the_regression_head():
     x = normal((4, 3))
     head = RegressionHead(out=2)
-    variables = head.init(jax.random.key(0), x, norm="batch")
+    variables = jax.jit(partial(head.init, norm="batch"))(jax.random.key(0), x)
 
     @partial(jax.jit, static_argnums=0)
     def predict(bn_groups, x):
