@@ -56,8 +56,8 @@ def test_two_models_of_a_kind_teach_each_other(names):
     def loss(trained):
         return step.loss(trained, state, rig.frozen, views, step.context(state, {"index": rows, "label": rows}, 0))
 
-    (value, (_, metrics, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trained)
-    assert all(np.isfinite(value) and value > 0 for value in (value, *metrics.values()))
+    (total, (_, metrics, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trained)
+    assert all(np.isfinite(value) and value > 0 for value in (total, *metrics.values()))
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(gradient).all() and np.any(gradient), jax.tree_util.keystr(path)
 
