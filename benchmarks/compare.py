@@ -7,7 +7,8 @@
     python benchmarks/compare.py cifar10-full --source=hf:DIRECTORY    3 seeds, the full set; for an accelerator
 
 Every run is the README's own command with a seed, in a process of its own, one after the other; finished runs are not
-repeated and stopped ones resume. Results go to benchmarks/<protocol>.json and .md, with device, versions and commands.
+repeated and stopped ones resume. Results, with device, versions and commands, go to <protocol>.json and .md beside the
+runs, after every one of them; at last to benchmarks/.
 """
 
 import argparse
@@ -169,13 +170,18 @@ def markdown(runs: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(runs: dict[str, list[dict]], target: Path) -> None:
+    target.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("--source", help="data.source, where the preset's is elsewhere")
     parser.add_argument("--teacher", default="", help="weights of the frozen teacher of methods, as file:PATH")
     parser.add_argument("--seeds", type=int, help="how many, from 0")
-    parser.add_argument("--out", type=Path, help="where the runs live; default runs/<protocol>")
+    parser.add_argument("--out", type=Path, help="where the runs live; default runs/compare-<protocol>")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="config override for every row")
     arguments = parser.parse_args()
     protocol = PROTOCOLS[arguments.protocol]
@@ -183,13 +189,12 @@ def main() -> None:
     extra = [f"--config.{item}" for item in (*protocol.get("set", ()), *arguments.set)]
     extra += [f"--config.data.source={arguments.source}"] if arguments.source else []
     runs: dict[str, list[dict]] = {name: [] for name in protocol["rows"]}
-    target = ROOT / "benchmarks" / arguments.protocol
     for seed in range(arguments.seeds or protocol["seeds"]):
         for name in protocol["rows"]:
             runs[name].append(train(protocol, out, name, seed, extra, arguments.teacher))
             done = {name: cell for name, cell in runs.items() if cell}  # what is stopped leaves the rows that it made
-            target.with_suffix(".json").write_text(json.dumps(done, indent=1) + "\n")
-            target.with_suffix(".md").write_text(markdown(done))
+            write(done, out / arguments.protocol)
+    write(runs, ROOT / "benchmarks" / arguments.protocol)  # now: the later runs would call their tree changed
     print(markdown(runs))
 
 

@@ -72,6 +72,5 @@ bench imagenet-rekd-resnet18-remat "${rekd[@]}" --config.student.name=resnet18 -
 
 if [[ $cifar ]]; then
   measure cifar10-full python benchmarks/compare.py cifar10-full --source="hf:$cifar" --out="$out/cifar10-full"
-  [[ -e $out/cifar10-full.txt ]] && cp benchmarks/cifar10-full.{json,md} "$out/"
 fi
 exit $failed
